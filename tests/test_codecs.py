@@ -1,0 +1,381 @@
+"""The codec: every chunk comes back bit for bit, hostile ones are refused, and realistic data shrinks as promised."""
+
+from __future__ import annotations
+
+import os
+import random
+import struct
+import threading
+
+import pytest
+import torch
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from torchsnapshot import encoded
+from torchsnapshot.buffers import map_pages
+from torchsnapshot.codecs import (
+    WORTHWHILE,
+    Effort,
+    Scheme,
+    borrow_scratch,
+    choose,
+    decode_into,
+    encode,
+    encode_bytes,
+)
+from torchsnapshot.encoded import METHOD_RAW, METHOD_ZSTD, Lane
+from torchsnapshot.errors import CorruptionError, FormatError, NewerFormatError
+
+TILE = 32256
+
+
+def memory_of(data: bytes | torch.Tensor) -> memoryview:
+    """Writable bytes with this content."""
+    if isinstance(data, torch.Tensor):
+        data = bytes(data.contiguous().flatten().view(torch.uint8).numpy())
+    return memoryview(bytearray(data))
+
+
+def decoded(stored: bytes, nbytes: int, base: memoryview | None = None) -> bytes:
+    """What an encoded chunk decodes to."""
+    out = memoryview(bytearray(nbytes))
+    decode_into(memoryview(bytearray(stored)), out, base)
+    return bytes(out)
+
+
+def encode_with(raw: memoryview, scheme: Scheme, base: memoryview | None = None) -> bytes:
+    """Encode as told, with room enough for anything."""
+    out = memoryview(bytearray(2 * raw.nbytes + 4096))
+    with borrow_scratch() as scratch:
+        size = encode(raw, scheme, out, scratch, base)
+    assert size is not None
+    return bytes(out[:size])
+
+
+def content(kind: str, nbytes: int, seed: int) -> bytes:
+    """Bytes of a kind."""
+    source = random.Random(seed)
+    if kind == "zeros":
+        return bytes(nbytes)
+    if kind == "noise":
+        return source.randbytes(nbytes)
+    if kind == "counter":
+        return b"".join(struct.pack("<q", i) for i in range(nbytes // 8 + 1))[:nbytes]
+    if kind == "sparse":
+        data = bytearray(nbytes)
+        for _ in range(min(nbytes, 20)):
+            data[source.randrange(nbytes)] = source.randrange(256)
+        return bytes(data)
+    floats = b"".join(struct.pack("<f", source.gauss(0, 0.02)) for _ in range(nbytes // 4 + 1))
+    return floats[:nbytes]
+
+
+sizes = st.one_of(
+    st.integers(1, 5000),
+    st.sampled_from([8 * TILE - 8, 8 * TILE, 8 * TILE + 8, 16 * TILE + 1, 2 * TILE + 2, 300_000]),
+)
+kinds = st.sampled_from(["zeros", "noise", "counter", "sparse", "floats"])
+
+
+def all_lane_sets(width: int) -> list[tuple[Lane, ...]]:
+    """Ways to cut an element: every plane coded, none, a mixture, one lane of everything."""
+    coded = tuple(Lane(start, 1, METHOD_ZSTD) for start in range(width))
+    plain = tuple(Lane(start, 1, METHOD_RAW) for start in range(width))
+    sets = [coded, plain, (Lane(0, width, METHOD_ZSTD, strong=True),), (Lane(0, width, METHOD_RAW),)]
+    if width > 2:
+        half = width // 2
+        sets.append((Lane(half, half, METHOD_ZSTD), Lane(0, half, METHOD_RAW)))
+    return sets
+
+
+class TestRoundTrip:
+    @given(kind=kinds, nbytes=sizes, width=st.sampled_from([1, 2, 4, 8]), effort=st.sampled_from(list(Effort)))
+    @settings(max_examples=60, deadline=None)
+    def test_whatever_is_encoded_comes_back(self, kind: str, nbytes: int, width: int, effort: Effort) -> None:
+        """Chosen by the codec itself, any content of any size decodes to the same bytes and is never larger."""
+        raw = memory_of(content(kind, nbytes, seed=nbytes))
+        stored = encode_bytes(raw, width, effort)
+        if stored is not None:
+            assert len(stored) <= WORTHWHILE * nbytes
+            assert decoded(stored, nbytes) == raw
+
+    @given(
+        kind=kinds,
+        num_elements=st.one_of(st.integers(1, 600), st.sampled_from([TILE - 1, TILE, TILE + 1])),
+        width=st.sampled_from([1, 2, 4, 8]),
+        rotated=st.booleans(),
+        with_base=st.booleans(),
+        choice=st.integers(0, 4),
+    )
+    @settings(max_examples=80, deadline=None)
+    def test_every_scheme_comes_back(
+        self, kind: str, num_elements: int, width: int, rotated: bool, with_base: bool, choice: int
+    ) -> None:
+        """Lanes of any cut, rotated or not, with a base or without, also if they gain nothing."""
+        nbytes = num_elements * width
+        raw = memory_of(content(kind, nbytes, seed=1))
+        base = memory_of(content("noise", nbytes, seed=2)) if with_base else None
+        lanes = all_lane_sets(width)
+        scheme = Scheme(width, rotated and width > 1, lanes[choice % len(lanes)], 1.0)
+        stored = encode_with(raw, scheme, base)
+        assert decoded(stored, nbytes, base) == raw
+
+    @pytest.mark.parametrize("shift", [0, 1, 2, 4])
+    def test_memory_may_lie_anywhere_and_be_read_only(self, shift: int) -> None:
+        """Unaligned and read-only inputs, and unaligned outputs, give the same bytes as aligned ones."""
+        data = content("floats", 40_000, seed=3)
+        raw = memory_of(bytes(shift) + data)[shift:]
+        stored = encode_bytes(raw, 4)
+        assert stored is not None
+        assert stored == encode_bytes(memoryview(data), 4)
+        out = memoryview(bytearray(shift + len(data)))[shift:]
+        decode_into(memoryview(bytes(shift) + stored)[shift:], out)
+        assert out == data
+        decode_into(memory_of(bytes(shift) + stored)[shift:], out)
+        assert out == data
+
+    def test_delta_is_decoded_in_place_of_its_base(self) -> None:
+        """The base may stand in the very memory that the chunk is decoded into."""
+        base = memory_of(content("floats", 80_000, seed=4))
+        raw = memory_of(base)
+        raw[100:108] = b"changed!"
+        stored = encode_bytes(raw, 4, Effort.SMALLEST, base)
+        assert stored is not None
+        assert len(stored) < 200
+        decode_into(memoryview(bytearray(stored)), base, base)
+        assert base == raw
+
+    def test_threads_do_not_disturb_one_another(self) -> None:
+        """Each thread encodes with a scratch of its own."""
+        chunks = [memory_of(content("floats", 100_000, seed)) for seed in range(4)]
+        wrong: list[int] = []
+
+        def work(index: int) -> None:
+            for _ in range(5):
+                stored = encode_bytes(chunks[index], 4)
+                if stored is None or decoded(stored, 100_000) != chunks[index]:
+                    wrong.append(index)
+
+        threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert wrong == []
+
+    def test_sub_byte_tail_is_coded_as_bytes(self) -> None:
+        """A size that is no whole number of elements is coded with width 1; an impossible width is refused."""
+        raw = memory_of(content("zeros", 10_001, seed=0))
+        stored = encode_bytes(raw, 8)
+        assert stored is not None
+        assert encoded.read_header(memoryview(stored)).width == 1
+        with pytest.raises(ValueError, match="width 3"):
+            encode_bytes(raw, 3)
+
+    def test_too_small_room_gives_none(self) -> None:
+        """A chunk that does not fit into the memory it is given is not encoded, and nothing behind is touched."""
+        raw = memory_of(content("floats", 100_000, seed=1))
+        room = memoryview(bytearray(b"\xaa" * 100_100))
+        with borrow_scratch() as scratch:
+            scheme = choose(raw, 4, Effort.AUTO, scratch)
+            for nbytes in (100, 50_000, 75_100, 80_000):
+                assert encode(raw, scheme, room[:nbytes], scratch) is None
+                assert bytes(room[nbytes:]) == b"\xaa" * (room.nbytes - nbytes)
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+    def test_child_makes_its_own_scratch(self) -> None:
+        """A forked child does not touch scratch memory of its parent, which is not mapped there."""
+        raw = memory_of(content("floats", 100_000, seed=1))
+        expected = encode_bytes(raw, 4)
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if encode_bytes(raw, 4) == expected else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+class TestRatios:
+    """Fractions of the raw size on data like that of training; the bounds are loose, the benchmark prints figures."""
+
+    def fraction(self, tensor: torch.Tensor, width: int, effort: Effort = Effort.AUTO) -> float:
+        """Stored size by raw size."""
+        raw = memory_of(tensor)
+        stored = encode_bytes(raw, width, effort)
+        return 1.0 if stored is None else len(stored) / raw.nbytes
+
+    def weights(self, num_elements: int = 1 << 18) -> torch.Tensor:
+        """Normal values of a usual scale."""
+        return 0.02 * torch.randn(num_elements, generator=torch.Generator().manual_seed(0))
+
+    def test_bf16_weights(self) -> None:
+        """bf16 weights shrink to two thirds, a little further with "smallest"."""
+        weights = self.weights().bfloat16()
+        assert self.fraction(weights, 2) < 0.69
+        assert self.fraction(weights, 2, Effort.SMALLEST) < min(0.675, self.fraction(weights, 2))
+
+    def test_fp32_weights_and_moments(self) -> None:
+        """fp32 weights and optimizer state lose most of their top byte."""
+        weights = self.weights()
+        assert self.fraction(weights, 4) < 0.85
+        assert self.fraction(weights.square() * 1e-3, 4) < 0.88
+
+    @pytest.mark.parametrize("effort", Effort)
+    @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.float64])
+    @pytest.mark.parametrize("value", [0, 1])
+    def test_constants_collapse(self, effort: Effort, dtype: torch.dtype, value: int) -> None:
+        """Zeros and ones come down to next to nothing at every effort."""
+        constant = torch.full((1 << 18,), value, dtype=dtype)
+        assert self.fraction(constant, constant.element_size(), effort) < 0.002
+
+    def test_integers_shrink(self) -> None:
+        """Token ids in 64 bits lose the bytes that they do not use."""
+        tokens = torch.randint(0, 50_000, (1 << 16,), generator=torch.Generator().manual_seed(0))
+        assert self.fraction(tokens, 8) < 0.3
+        assert self.fraction(torch.arange(1 << 16), 8, Effort.SMALLEST) < 0.02
+
+    def test_noise_is_left_alone(self) -> None:
+        """What does not compress is said to be not worth it."""
+        noise = torch.randint(0, 256, (1 << 18,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        assert encode_bytes(memory_of(noise), 4, Effort.SMALLEST) is None
+
+    def test_delta_of_untouched_rows(self) -> None:
+        """1 % of changed rows against a base costs about 1 % of the bytes."""
+        base = self.weights().view(1024, 256)
+        changed = base.clone()
+        changed[::100] += 0.001
+        stored = encode_bytes(memory_of(changed), 4, Effort.SMALLEST, memory_of(base))
+        assert stored is not None
+        assert len(stored) < 0.015 * base.numel() * 4
+
+
+def a_chunk() -> bytes:
+    """A small encoded chunk: fp32, top plane coded."""
+    stored = encode_bytes(memory_of(content("floats", 40_000, seed=5)), 4)
+    assert stored is not None
+    return stored
+
+
+class TestHostile:
+    @given(
+        place=st.integers(0, 10_000), value=st.integers(0, 255), cut=st.integers(0, 30_000), add=st.binary(max_size=9)
+    )
+    @settings(max_examples=150, deadline=None)
+    def test_damage_never_escapes(self, place: int, value: int, cut: int, add: bytes) -> None:
+        """Changed, cut or extended bytes give an error of ours or other bytes of the right size; nothing else."""
+        stored = bytearray(a_chunk())
+        stored[place % len(stored)] = value
+        stored = stored[: len(stored) - cut] if cut % 3 == 0 else stored + add
+        try:
+            assert len(decoded(bytes(stored), 40_000)) == 40_000
+        except (FormatError, CorruptionError):
+            pass
+
+    @given(data=st.binary(max_size=200))
+    @settings(max_examples=100, deadline=None)
+    def test_arbitrary_header_is_refused(self, data: bytes) -> None:
+        """Bytes behind a good magic, version and codec are still checked."""
+        with pytest.raises((FormatError, CorruptionError)):
+            decoded(encoded.MAGIC + b"\x01\x01" + data, 40_000)
+
+    @pytest.mark.parametrize(
+        ("offset", "value", "error"),
+        [
+            (0, 0x88, FormatError),  # magic
+            (4, 2, NewerFormatError),  # version
+            (5, 2, NewerFormatError),  # codec
+            (6, 3, FormatError),  # width
+            (7, 4, NewerFormatError),  # flags
+            (7, 2, FormatError),  # needs a base
+            (8, 0x41, FormatError),  # raw size
+            (15, 0x41, FormatError),  # ... beyond all bounds
+            (16, 0, FormatError),  # lanes
+            (16, 5, FormatError),
+            (17, 1, FormatError),  # reserved
+            (24, 1, FormatError),  # lanes overlap
+            (25, 3, FormatError),  # lane size
+            (26, 7, NewerFormatError),  # method
+            (27, 1, FormatError),  # reserved
+            (28, 1, FormatError),  # stored size
+        ],
+    )
+    def test_each_field_is_checked(self, offset: int, value: int, error: type[Exception]) -> None:
+        """Every field of the header has its error."""
+        stored = bytearray(a_chunk())
+        stored[offset] = value
+        with pytest.raises(error) as caught:
+            decoded(bytes(stored), 40_000)
+        assert type(caught.value) is error
+
+    def test_bomb_is_refused_before_it_unfolds(self) -> None:
+        """A frame of more bytes than its lane, or of an unknown number, is refused by its header."""
+        lane = Lane(0, 1, METHOD_ZSTD)
+        known = zstandard.ZstdCompressor().compress(bytes(1 << 24))
+        unknown = zstandard.ZstdCompressor(write_content_size=False).compress(bytes(1 << 24))
+        for frame in (known, unknown):
+            stored = bytearray(encoded.header_nbytes(1)) + frame
+            encoded.pack_header(memoryview(stored), 1, 0, 1000, [lane], [len(frame)])
+            with pytest.raises(CorruptionError, match="stands for a lane of 1000"):
+                decoded(bytes(stored), 1000)
+
+    def test_wrong_expectations_are_refused(self) -> None:
+        """Another raw size, a base of another size, a base that is not needed: each is an error."""
+        stored = a_chunk()
+        with pytest.raises(FormatError, match="expected"):
+            decoded(stored, 40_004)
+        with pytest.raises(FormatError, match="base"):
+            decoded(stored, 40_000, memory_of(bytes(40_000)))
+        delta = encode_bytes(memory_of(bytes(40_000)), 4, base=memory_of(bytes(40_000)))
+        assert delta is not None
+        with pytest.raises(FormatError, match="base"):
+            decoded(delta, 40_000)
+        with pytest.raises(FormatError, match="base"):
+            decoded(delta, 40_000, memory_of(bytes(39_996)))
+
+    def test_read_only_output_is_the_callers_mistake(self) -> None:
+        """Decoding into read-only memory is a ``ValueError``."""
+        with pytest.raises(ValueError, match="read-only"):
+            decode_into(memoryview(a_chunk()), memoryview(bytes(40_000)))
+
+
+def test_layout_is_what_the_docstring_says() -> None:
+    """A reader that knows only the documented layout decodes what was written."""
+    raw = memory_of(content("floats", 4000, seed=6))
+    base = memory_of(content("floats", 4000, seed=7))
+    lanes = (Lane(3, 1, METHOD_ZSTD), Lane(2, 1, METHOD_RAW), Lane(0, 2, METHOD_RAW))
+    stored = encode_with(raw, Scheme(4, True, lanes, 1.0), base)
+    assert stored[:8] == b"\x89tsc\x01\x01\x04\x03"
+    raw_nbytes, num_lanes = struct.unpack_from("<QB7x", stored, 8)
+    assert raw_nbytes == 4000
+    end = 24 + 8 * num_lanes
+    numbers = [0] * 1000
+    for index in range(num_lanes):
+        start, size, method, nbytes = struct.unpack_from("<BBBxI", stored, 24 + 8 * index)
+        data = stored[end : end + nbytes]
+        end += nbytes
+        data = zstandard.ZstdDecompressor().decompress(data) if method else data
+        for place in range(1000):
+            numbers[place] |= int.from_bytes(data[place * size : (place + 1) * size], "little") << (8 * start)
+    assert end == len(stored)
+    bases = struct.unpack("<1000I", base)
+    result = [((number >> 1) | ((number & 1) << 31)) ^ other for number, other in zip(numbers, bases, strict=True)]
+    assert struct.pack("<1000I", *result) == raw
+
+
+def test_torch_starts_no_threads_of_its_own() -> None:
+    """Encoding and decoding a large chunk in a fresh thread leaves the number of threads as it was."""
+    raw = map_pages(4 << 20)
+    torch.frombuffer(raw, dtype=torch.float32).normal_(0, 0.02)
+    grown: list[int] = []
+
+    def work() -> None:
+        before = len(os.listdir("/proc/self/task"))
+        stored = encode_bytes(raw, 4)
+        assert stored is not None
+        decoded(stored, raw.nbytes)
+        grown.append(len(os.listdir("/proc/self/task")) - before)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert grown == [0]

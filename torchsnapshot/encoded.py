@@ -1,0 +1,138 @@
+"""The format of an encoded chunk: its header, packed and read with every check.
+
+What lives here: the layout and its validation. What doesn't: coding and decoding (``codecs``).
+
+An encoded chunk, integers little-endian::
+
+    offset  size  what
+    0       4     magic: 89 74 73 63 ("\\x89tsc")
+    4       1     version of this layout: 1
+    5       1     codec: 1 (planes)
+    6       1     width in bytes of an element: 1, 2, 4 or 8; the raw size is a multiple of it
+    7       1     flags: 1 = rotated, 2 = XOR with a base, other bits 0
+    8       8     raw size in bytes
+    16      1     number of lanes, 1 to width
+    17      7     zero
+    24      8 × number of lanes
+                  +0  1  start: the lane's first byte within the element (0 = least significant)
+                  +1  1  size: how many bytes of each element it holds: 1, 2, 4 or 8
+                  +2  1  method: 0 = stored as it is, 1 = one zstd frame that states its content's size
+                  +3  1  zero
+                  +4  4  stored size in bytes
+    then the lanes' stored bytes, one after the other in the order of their records; nothing follows
+
+The lanes cover each byte of the element exactly once. A lane is the array of its bytes of every element. To decode,
+put every element together from its lanes as an unsigned little-endian integer; if "rotated", rotate it right by one
+bit (the encoder rotated left: the sign went to the bottom, all of an IEEE exponent's bits came together at the top);
+if "XOR", XOR it with the element of the base, which has the same raw size.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from torchsnapshot.errors import FormatError, NewerFormatError
+
+MAGIC: Final = b"\x89tsc"
+VERSION: Final = 1
+CODEC_PLANES: Final = 1
+FLAG_ROTATED: Final = 1
+FLAG_XOR: Final = 2
+METHOD_RAW: Final = 0
+METHOD_ZSTD: Final = 1
+
+WIDTHS: Final = (1, 2, 4, 8)
+"""Sizes that an element, and a lane's part of it, may have."""
+MAX_RAW_NBYTES: Final = 1 << 30
+
+MAX_OVERHEAD_NBYTES: Final = 88
+"""Header of an encoded chunk at most, in bytes."""
+
+_HEADER = struct.Struct("<4sBBBBQB7x")
+_LANE = struct.Struct("<BBBxI")
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """Bytes ``start`` to ``start + size`` of every element. ``strong``: coded with a search for matches."""
+
+    start: int
+    size: int
+    method: int
+    strong: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What stands before an encoded chunk's lanes. ``stored`` holds the lanes' stored sizes."""
+
+    width: int
+    flags: int
+    raw_nbytes: int
+    lanes: tuple[Lane, ...]
+    stored: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the header itself."""
+        return header_nbytes(len(self.lanes))
+
+
+def header_nbytes(num_lanes: int) -> int:
+    """Size of the header of a chunk with so many lanes, in bytes."""
+    return _HEADER.size + _LANE.size * num_lanes
+
+
+def pack_header(
+    out: memoryview, width: int, flags: int, raw_nbytes: int, lanes: Sequence[Lane], stored: Sequence[int]
+) -> None:
+    """Write a header to the beginning of ``out``; ``stored`` holds the stored sizes of ``lanes``."""
+    _HEADER.pack_into(out, 0, MAGIC, VERSION, CODEC_PLANES, width, flags, raw_nbytes, len(lanes))
+    for index, (lane, nbytes) in enumerate(zip(lanes, stored, strict=True)):
+        _LANE.pack_into(out, header_nbytes(index), lane.start, lane.size, lane.method, nbytes)
+
+
+def read_header(stored: memoryview) -> Header:
+    """The checked header of an encoded chunk.
+
+    Raises:
+        FormatError: ``stored`` is no encoded chunk.
+        NewerFormatError: it is of a version or codec that this library doesn't know.
+    """
+    if stored.nbytes < _HEADER.size or bytes(stored[:4]) != MAGIC:
+        raise FormatError("not an encoded chunk: it does not begin with the magic bytes")
+    _, version, codec, width, flags, raw_nbytes, num_lanes = _HEADER.unpack_from(stored)
+    if version != VERSION or codec != CODEC_PLANES or flags & ~(FLAG_ROTATED | FLAG_XOR):
+        raise NewerFormatError(
+            f"an encoded chunk of version {version}, codec {codec}, flags {flags:#x}: a newer torchsnapshot wrote it"
+        )
+    if width not in WIDTHS or not 1 <= num_lanes <= width or any(stored[17:24]):
+        raise FormatError(f"an encoded chunk says width {width} and {num_lanes} lanes")
+    if not 0 < raw_nbytes <= MAX_RAW_NBYTES or raw_nbytes % width or (flags & FLAG_ROTATED and width == 1):
+        raise FormatError(f"an encoded chunk says raw size {raw_nbytes}, width {width}, flags {flags}")
+    end = header_nbytes(num_lanes)
+    if stored.nbytes < end:
+        raise FormatError("an encoded chunk ends within its header")
+    lanes: list[Lane] = []
+    sizes: list[int] = []
+    covered: set[int] = set()
+    for index in range(num_lanes):
+        start, size, method, nbytes = _LANE.unpack_from(stored, header_nbytes(index))
+        places = set(range(start, start + size))
+        padding = stored[header_nbytes(index) + 3]
+        if size not in WIDTHS or start + size > width or places & covered or padding:
+            raise FormatError(f"an encoded chunk has a lane of bytes {start} to {start + size} of {width}")
+        if method not in (METHOD_RAW, METHOD_ZSTD):
+            raise NewerFormatError(f"an encoded chunk has a lane of method {method}: a newer torchsnapshot wrote it")
+        if method == METHOD_RAW and nbytes != raw_nbytes // width * size:
+            raise FormatError(f"an encoded chunk stores {nbytes} bytes for a lane of {raw_nbytes // width * size}")
+        covered |= places
+        lanes.append(Lane(start, size, method))
+        sizes.append(nbytes)
+        end += nbytes
+    if len(covered) != width or end != stored.nbytes:
+        raise FormatError(f"an encoded chunk of {stored.nbytes} bytes whose lanes end at {end}")
+    return Header(width, flags, raw_nbytes, tuple(lanes), tuple(sizes))

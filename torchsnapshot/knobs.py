@@ -1,0 +1,303 @@
+"""Settings, read from the environment each time they are asked for, and what this process may use of the machine.
+
+What lives here: one getter per setting, the context managers that override the old torchsnapshot's settings, and the
+few readings of the machine (cores, free memory) that defaults derive from. What doesn't: arguments of calls, and any
+decision about how a setting is used.
+
+Invariants: a value that cannot be used is a ``ValueError`` that names the variable, its value and what is allowed; an
+empty variable counts as unset; an override puts back exactly what it found, also when its block raises.
+
+=====================================================  =============  ===============================================
+variable                                               default        meaning
+=====================================================  =============  ===============================================
+TORCHSNAPSHOT_MAX_CHUNK_SIZE_BYTES_OVERRIDE            the store's    size of a chunk, at most 32 MiB
+TORCHSNAPSHOT_SLAB_SIZE_THRESHOLD_BYTES_OVERRIDE       64 MiB         size of a pack of small chunks, at most 64 MiB
+TORCHSNAPSHOT_DISABLE_BATCHING                         false          every small chunk becomes a blob of its own
+TORCHSNAPSHOT_MAX_PER_RANK_IO_CONCURRENCY_OVERRIDE     16             most requests in flight
+TORCHSNAPSHOT_PER_RANK_MEMORY_BUDGET_BYTES             256 MiB        memory for buffers
+TORCHSNAPSHOT_NUM_THREADS                              cores          worker threads
+TORCHSNAPSHOT_ALLOW_PICKLE                             false          restoring may run pickles
+TORCHSNAPSHOT_DURABLE                                  true           local stores wait for the disk
+TORCHSNAPSHOT_STORE                                    none           the store of the paths below it
+TORCHSNAPSHOT_MAX_SHARD_SIZE_BYTES_OVERRIDE            512 MiB        none: shards are cut on the grid of chunks
+TORCHSNAPSHOT_ENABLE_SHARDED_TENSOR_ELASTICITY_...     false          none: sharded tensors may move anywhere
+=====================================================  =============  ===============================================
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+MEBIBYTE = 1 << 20
+
+DEFAULT_CHUNK_NBYTES = 4 * MEBIBYTE
+MAX_CHUNK_NBYTES = 32 * MEBIBYTE
+"""A chunk may grow to twice its nominal size, and a blob holds at most 64 MiB."""
+MAX_PACK_NBYTES = 64 * MEBIBYTE
+DEFAULT_MEMORY_BUDGET_NBYTES = 256 * MEBIBYTE
+MIN_STAGING_NBYTES = 64 * MEBIBYTE
+"""An asynchronous take is given this much even where memory is short: with less it could hardly move."""
+DEFAULT_IO_CONCURRENCY = 16
+
+CHUNK_SIZE = "TORCHSNAPSHOT_MAX_CHUNK_SIZE_BYTES_OVERRIDE"
+SHARD_SIZE = "TORCHSNAPSHOT_MAX_SHARD_SIZE_BYTES_OVERRIDE"
+SLAB_SIZE = "TORCHSNAPSHOT_SLAB_SIZE_THRESHOLD_BYTES_OVERRIDE"
+IO_CONCURRENCY = "TORCHSNAPSHOT_MAX_PER_RANK_IO_CONCURRENCY_OVERRIDE"
+DISABLE_BATCHING = "TORCHSNAPSHOT_DISABLE_BATCHING"
+ELASTICITY_AT_ROOT_ONLY = "TORCHSNAPSHOT_ENABLE_SHARDED_TENSOR_ELASTICITY_ROOT_ONLY"
+MEMORY_BUDGET = "TORCHSNAPSHOT_PER_RANK_MEMORY_BUDGET_BYTES"
+NUM_THREADS = "TORCHSNAPSHOT_NUM_THREADS"
+ALLOW_PICKLE = "TORCHSNAPSHOT_ALLOW_PICKLE"
+DURABLE = "TORCHSNAPSHOT_DURABLE"
+STORE = "TORCHSNAPSHOT_STORE"
+LOCAL_WORLD_SIZE = "LOCAL_WORLD_SIZE"
+
+_YES = ("1", "true", "yes", "on")
+_NO = ("0", "false", "no", "off")
+
+_SYSTEM_ROOT = Path("/")
+"""Where ``proc`` and ``sys`` are; tests put a folder of their own here."""
+
+
+# ------------------------------------------------------------------ reading variables
+
+
+def _text(variable: str) -> str | None:
+    """The variable's value without surrounding blanks; None where it is unset or empty."""
+    return os.environ.get(variable, "").strip() or None
+
+
+def _count(variable: str) -> int | None:
+    """The variable as a positive integer, None where it is unset."""
+    text = _text(variable)
+    if text is None:
+        return None
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise ValueError(f"{variable}={text!r}: allowed is a whole number of at least 1")
+    return value
+
+
+def _switch(variable: str, default: bool) -> bool:
+    """The variable as a yes or no."""
+    text = _text(variable)
+    if text is None:
+        return default
+    if text.lower() not in _YES + _NO:
+        raise ValueError(f"{variable}={text!r}: allowed is one of {', '.join(_YES + _NO)}")
+    return text.lower() in _YES
+
+
+# ------------------------------------------------------------------ sizes
+
+
+def get_chunk_size_bytes(default: int = DEFAULT_CHUNK_NBYTES) -> int:
+    """The nominal size of a chunk in bytes: the override where it is set, else ``default`` (the store's config).
+
+    An override above 32 MiB (the old torchsnapshot's default was 512 MiB) counts as 32 MiB.
+    """
+    return min(_count(CHUNK_SIZE) or default, MAX_CHUNK_NBYTES)
+
+
+def get_max_chunk_size_bytes() -> int:
+    """The old torchsnapshot's name for ``get_chunk_size_bytes()``."""
+    return get_chunk_size_bytes()
+
+
+def get_max_shard_size_bytes() -> int:
+    """The old torchsnapshot's limit for one piece of a shard, in bytes. Without meaning here: a chunk is the piece."""
+    return _count(SHARD_SIZE) or 512 * MEBIBYTE
+
+
+def get_slab_size_threshold_bytes() -> int:
+    """The size in bytes up to which small chunks are packed into one blob; never above 64 MiB."""
+    return min(_count(SLAB_SIZE) or MAX_PACK_NBYTES, MAX_PACK_NBYTES)
+
+
+def get_memory_budget_bytes() -> int:
+    """Bytes of buffers that a synchronous take or a restore may hold at a time."""
+    return _count(MEMORY_BUDGET) or DEFAULT_MEMORY_BUDGET_NBYTES
+
+
+def get_staging_budget_bytes(state_nbytes: int) -> int:
+    """Bytes of buffers that an asynchronous take may hold: the whole state where that fits, so that it returns at once.
+
+    Args:
+        state_nbytes: size of the state in bytes.
+
+    Returns:
+        The least of the state and this process's share of a quarter of the free memory (of the machine and of the
+        control group; at least 64 MiB). TORCHSNAPSHOT_PER_RANK_MEMORY_BUDGET_BYTES takes that share's place.
+    """
+    share = _count(MEMORY_BUDGET) or max(free_memory_nbytes() // 4 // get_local_world_size(), MIN_STAGING_NBYTES)
+    return max(1, min(state_nbytes, share))
+
+
+# ------------------------------------------------------------------ parallelism
+
+
+def get_local_world_size() -> int:
+    """How many ranks share this machine: LOCAL_WORLD_SIZE, which torchrun sets, else 1."""
+    return _count(LOCAL_WORLD_SIZE) or 1
+
+
+def get_num_threads() -> int:
+    """How many worker threads this process may run, at least 1.
+
+    TORCHSNAPSHOT_NUM_THREADS where it is set. Else this rank's share of the cores that the process may use (affinity
+    and the control group's limit), and not more than TORCHSNAPSHOT_MAX_PER_RANK_IO_CONCURRENCY_OVERRIDE, if it is set.
+    """
+    explicit = _count(NUM_THREADS)
+    if explicit is not None:
+        return explicit
+    share = max(1, available_cores() // get_local_world_size())
+    return min(share, _count(IO_CONCURRENCY) or share)
+
+
+def get_max_per_rank_io_concurrency() -> int:
+    """How many requests to the store one rank may have in flight."""
+    return _count(IO_CONCURRENCY) or DEFAULT_IO_CONCURRENCY
+
+
+# ------------------------------------------------------------------ switches
+
+
+def is_batching_disabled() -> bool:
+    """Whether every small chunk becomes a blob of its own instead of part of a pack."""
+    return _switch(DISABLE_BATCHING, False)
+
+
+def is_sharded_tensor_elasticity_enabled_at_root_only() -> bool:
+    """The old torchsnapshot's restriction of resharding. Without meaning here: a sharded tensor may be anywhere."""
+    return _switch(ELASTICITY_AT_ROOT_ONLY, False)
+
+
+def is_pickle_allowed() -> bool:
+    """Whether a restore may run pickles although its caller did not say so: they can execute any code."""
+    return _switch(ALLOW_PICKLE, False)
+
+
+def is_durable() -> bool:
+    """Whether a local store waits until bytes are on the disk (default), or leaves that to the system."""
+    return _switch(DURABLE, True)
+
+
+def get_store_url() -> str | None:
+    """The store of all paths below it, None where TORCHSNAPSHOT_STORE is unset."""
+    return _text(STORE)
+
+
+# ------------------------------------------------------------------ overrides
+
+
+def _override(variable: str) -> Callable[[int], AbstractContextManager[None]]:
+    """A context manager that sets ``variable`` to the number or switch that it is called with."""
+
+    @contextmanager
+    def override(value: int) -> Generator[None, None, None]:
+        found = os.environ.get(variable)
+        os.environ[variable] = str(value)
+        try:
+            yield
+        finally:
+            if found is None:
+                os.environ.pop(variable, None)
+            else:
+                os.environ[variable] = found
+
+    override.__doc__ = f"Set ``{variable}`` for the length of a ``with`` block."
+    return override
+
+
+override_max_chunk_size_bytes = _override(CHUNK_SIZE)
+override_max_shard_size_bytes = _override(SHARD_SIZE)
+override_slab_size_threshold_bytes = _override(SLAB_SIZE)
+override_max_per_rank_io_concurrency = _override(IO_CONCURRENCY)
+override_is_batching_disabled = _override(DISABLE_BATCHING)
+
+
+# ------------------------------------------------------------------ the machine
+
+
+def available_cores() -> int:
+    """How many cores this process may use: the least of its affinity and its control groups' limits, at least 1."""
+    # macOS and Windows have no affinity to ask for
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+    limits = [_cores_limit(version, folder) for version, folder in _control_groups("cpu")]
+    return max(1, min([cores, *(int(limit) for limit in limits if limit is not None)]))
+
+
+def _cores_limit(version: int, folder: Path) -> float | None:
+    """How many cores' worth of time one control group grants, None for no limit."""
+    if version == 2:
+        words = _read(folder / "cpu.max").split()
+        return int(words[0]) / int(words[1]) if len(words) == 2 and words[0] != "max" else None
+    quota, period = _number(folder / "cpu.cfs_quota_us"), _number(folder / "cpu.cfs_period_us")
+    return quota / period if quota is not None and quota > 0 and period else None
+
+
+def free_memory_nbytes() -> int:
+    """Bytes of memory that this process could still take: the least that the machine and its control groups have."""
+    free = [_machine_free_nbytes()]
+    for version, folder in _control_groups("memory"):
+        limit = _number(folder / ("memory.max" if version == 2 else "memory.limit_in_bytes"))
+        used = _number(folder / ("memory.current" if version == 2 else "memory.usage_in_bytes"))
+        if limit is not None and used is not None:
+            # the page cache counts as used, but gives way
+            statistics = dict(line.split(" ", 1) for line in _read(folder / "memory.stat").splitlines() if " " in line)
+            cached = int(statistics.get("inactive_file" if version == 2 else "total_inactive_file", "0"))
+            free.append(max(0, limit - max(0, used - cached)))
+    return min(free)
+
+
+def _machine_free_nbytes() -> int:
+    for line in _read(_SYSTEM_ROOT / "proc" / "meminfo").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    # not Linux: no cheap figure of what is free, so half of what there is
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _control_groups(controller: str) -> Iterator[tuple[int, Path]]:
+    """(version, folder) of each control group that limits this process: its own and all above it.
+
+    A container without a cgroup namespace sees a path here that doesn't exist below its mount; its limits then stand at
+    the mount's root, which ends every walk.
+    """
+    mount = _SYSTEM_ROOT / "sys" / "fs" / "cgroup"
+    for line in _read(_SYSTEM_ROOT / "proc" / "self" / "cgroup").splitlines():
+        controllers, _, path = line.partition(":")[2].partition(":")
+        if controllers == "":
+            version, top = 2, mount
+        elif controller in controllers.split(","):
+            version, top = 1, mount / controller
+        else:
+            continue
+        folder = top / path.strip("/")
+        yield version, folder
+        while folder != top:
+            folder = folder.parent
+            yield version, folder
+
+
+def _read(path: Path) -> str:
+    """The text of a small system file, empty where it can't be read."""
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _number(path: Path) -> int | None:
+    """The integer that a system file holds, None for ``max`` or an absent file."""
+    try:
+        return int(_read(path))
+    except ValueError:
+        return None

@@ -1,0 +1,393 @@
+"""A snapshot's content as users of the old torchsnapshot see it: one entry for every container and every leaf.
+
+What lives here: the entries' classes under their old names, ``SnapshotMetadata`` with its text form, and ``view``, that
+makes them from what a snapshot really stores (``entries``). What doesn't: anything that is on disk.
+
+Invariants: keys are ``"<rank>/<key>/<path>"``, parents before children. A view is made for reading; changing it changes
+nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import struct
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torchsnapshot import entries, values
+from torchsnapshot.composites import COMPOSITE_KINDS
+from torchsnapshot.errors import FormatError
+from torchsnapshot.grid import Box
+from torchsnapshot.kinds import KINDS, class_name
+
+Primitive = int | str | bool | bytes | float
+MeshRanks = list[Any]
+"""Ranks nested as deep as the mesh has dimensions."""
+
+_PRIMITIVE_TYPES: dict[str, type] = {kind.__name__: kind for kind in (int, str, bool, bytes, float)}
+
+
+# ------------------------------------------------------------------ entries
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One container or leaf; ``type`` says of which kind."""
+
+    type: str = field(init=False)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry(Entry):
+    """A tensor that stands in the snapshot whole, however many chunks it has.
+
+    ``dtype`` is written as torch does (``"torch.float32"``). ``location``, ``serializer`` and ``byte_range`` say in
+    snapshots of the old torchsnapshot where its bytes are; in ours ``location`` is the entry's own key.
+    """
+
+    type: str = field(default="Tensor", init=False)
+    location: str
+    serializer: str
+    dtype: str
+    shape: list[int]
+    replicated: bool
+    byte_range: list[int] | None = None
+
+    @property
+    def byte_range_tuple(self) -> tuple[int, int] | None:
+        """``byte_range`` as a tuple."""
+        return None if self.byte_range is None else (self.byte_range[0], self.byte_range[1])
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A region of a tensor: where it starts, how far it reaches, and the tensor that it is."""
+
+    offsets: list[int]
+    sizes: list[int]
+    tensor: TensorEntry
+
+
+@dataclass(frozen=True, slots=True)
+class _Pieces(Entry):
+    """A tensor that stands in the snapshot as several regions."""
+
+    shards: list[Shard]
+
+    def get_tensor_shape(self) -> list[int]:
+        """The shape of the whole tensor."""
+        ends = ([a + n for a, n in zip(shard.offsets, shard.sizes, strict=True)] for shard in self.shards)
+        return [max(dimension) for dimension in zip(*ends, strict=True)]
+
+    @property
+    def shape(self) -> list[int]:
+        """The shape of the whole tensor."""
+        return self.get_tensor_shape()
+
+    @property
+    def dtype(self) -> str:
+        """The dtype as torch writes it."""
+        return self.shards[0].tensor.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class ShardedTensorEntry(_Pieces):
+    """A tensor that is spread over ranks."""
+
+    type: str = field(default="ShardedTensor", init=False)
+
+
+@dataclass(frozen=True, slots=True)
+class DTensorEntry(_Pieces):
+    """A ``DTensor``.
+
+    ``mesh`` nests the ranks as the device mesh does; ``dim_map`` gives for each dimension of the tensor the dimensions
+    of the mesh that it is spread over, ``[-1]`` for none.
+    """
+
+    type: str = field(default="DTensor", init=False)
+    mesh: MeshRanks
+    dim_map: list[list[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkedTensorEntry(Entry):
+    """A tensor in several files: snapshots of the old torchsnapshot have these, ours never do."""
+
+    type: str = field(default="ChunkedTensor", init=False)
+    dtype: str
+    shape: list[int]
+    chunks: list[Shard]
+    replicated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectEntry(Entry):
+    """A value that is neither tensor nor primitive.
+
+    ``serializer`` is ``"pickle"`` for one that only pickle can hold, and ``"plain"`` for one that needs none; snapshots
+    of the old torchsnapshot have ``"torch_save"``.
+    """
+
+    type: str = field(default="object", init=False)
+    location: str
+    serializer: str
+    obj_type: str
+    replicated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ListEntry(Entry):
+    """A list; its elements are the entries below it."""
+
+    type: str = field(default="list", init=False)
+
+
+@dataclass(frozen=True, slots=True)
+class DictEntry(Entry):
+    """A dict and its keys in order."""
+
+    type: str = field(default="dict", init=False)
+    keys: list[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class OrderedDictEntry(Entry):
+    """An ``OrderedDict`` and its keys in order."""
+
+    type: str = field(default="OrderedDict", init=False)
+    keys: list[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class PrimitiveEntry(Entry):
+    """An int, str, bool, bytes or float; ``type`` is the type's name.
+
+    ``serialized_value`` is the value as text: base64 of bytes and of a float's eight bytes. ``readable`` is a float for
+    people.
+    """
+
+    type: str = field()
+    serialized_value: str
+    replicated: bool
+    readable: str | None = None
+
+    def get_value(self) -> Primitive:
+        """The value.
+
+        Raises:
+            FormatError: ``serialized_value`` is not what ``type`` says.
+        """
+        text = self.serialized_value
+        try:
+            if self.type == "float":
+                return float(struct.unpack("<d", base64.b64decode(text, validate=True))[0])
+            if self.type == "bytes":
+                return base64.b64decode(text, validate=True)
+            if self.type == "bool":
+                return {"True": True, "False": False}[text]
+            return int(text) if self.type == "int" else text
+        except (ValueError, KeyError, struct.error) as error:
+            raise FormatError(f"{text!r} is no {self.type} of a manifest") from error
+
+    @classmethod
+    def from_object(cls, value: Primitive) -> PrimitiveEntry:
+        """The entry of a value.
+
+        Raises:
+            TypeError: it is of another type than the five.
+        """
+        name = type(value).__name__
+        if _PRIMITIVE_TYPES.get(name) is not type(value):
+            raise TypeError(f"no primitive: {value!r} of type {name}; allowed are {', '.join(_PRIMITIVE_TYPES)}")
+        if isinstance(value, float):
+            return cls(name, base64.b64encode(struct.pack("<d", value)).decode(), False, str(value))
+        text = base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
+        return cls(name, text, False)
+
+
+Manifest = dict[str, Entry]
+
+
+# ------------------------------------------------------------------ text form
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotMetadata:
+    """A snapshot's version, world size and manifest.
+
+    Args:
+        version: of the library that wrote the snapshot.
+        world_size: how many ranks wrote it.
+        manifest: every entry by its key.
+    """
+
+    version: str
+    world_size: int
+    manifest: Manifest
+
+    def to_yaml(self) -> str:
+        """The text that the old torchsnapshot writes: JSON, which is YAML too."""
+        # surrogate escapes, which JSON has for characters beyond the BMP, are not YAML
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False)
+
+    @classmethod
+    def from_yaml(cls, text: str) -> SnapshotMetadata:
+        """Read what ``to_yaml`` or the old torchsnapshot wrote.
+
+        Raises:
+            FormatError: it is no such text; the YAML that was written before October 2022 is not read.
+        """
+        try:
+            content = json.loads(text)
+            manifest = {str(path): _entry_from_fields(dict(fields)) for path, fields in content["manifest"].items()}
+            return cls(str(content["version"]), int(content["world_size"]), manifest)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise FormatError(
+                f"not the metadata of a snapshot of the old torchsnapshot in JSON form ({error!r}); "
+                "if it was written before October 2022, read it and take it again with a torchsnapshot 0.1.0"
+            ) from error
+
+
+def _entry_from_fields(fields: dict[str, Any]) -> Entry:
+    kind = fields["type"]
+    if kind in _PRIMITIVE_TYPES:
+        return PrimitiveEntry(**fields)
+    del fields["type"]
+    for name in ("shards", "chunks"):
+        if name in fields:
+            fields[name] = [_shard_from_fields(shard) for shard in fields[name]]
+    return _ENTRY_TYPES[kind](**fields)
+
+
+def _shard_from_fields(fields: dict[str, Any]) -> Shard:
+    tensor = _entry_from_fields(dict(fields["tensor"]))
+    if not isinstance(tensor, TensorEntry):
+        raise TypeError(f"a shard's tensor is a {tensor.type}")
+    return Shard(list(fields["offsets"]), list(fields["sizes"]), tensor)
+
+
+_ENTRY_TYPES: dict[str, Callable[..., Entry]] = {
+    "Tensor": TensorEntry,
+    "ShardedTensor": ShardedTensorEntry,
+    "DTensor": DTensorEntry,
+    "ChunkedTensor": ChunkedTensorEntry,
+    "object": ObjectEntry,
+    "list": ListEntry,
+    "dict": DictEntry,
+    "OrderedDict": OrderedDictEntry,
+}
+
+
+# ------------------------------------------------------------------ from what is stored
+
+ReadValue = Callable[[entries.ValueEntry], bytes]
+"""Reads the bytes of a value that is too large to stand in the manifest."""
+
+
+def view(stored: Mapping[str, entries.Entry], read_value: ReadValue | None = None) -> Manifest:
+    """Make the entries that the old torchsnapshot would show, one for each leaf inside of stored values too.
+
+    Args:
+        stored: a snapshot's entries.
+        read_value: reads large values; without it each of them is one entry, whatever is inside.
+    """
+    manifest: Manifest = {}
+    composite = None
+    for path, entry in stored.items():
+        if path.split("/", 2)[1] == entries.USER_METADATA or (composite is not None and path.startswith(composite)):
+            continue
+        if isinstance(entry, entries.ValueEntry):
+            manifest.update(_view_of_value(path, entry, read_value))
+        elif isinstance(entry, entries.TensorEntry):
+            manifest[path] = _view_of_tensor(path, entry)
+        elif isinstance(entry, entries.OpaqueEntry):
+            manifest[path] = ObjectEntry(path, "pickle", entry.type_name, False)
+        elif entry.kind in COMPOSITE_KINDS:
+            manifest[path] = _view_of_composite(path, entry, stored)
+            # its parts are how it is stored, not what the state holds
+            composite = f"{path}/"
+        else:
+            manifest[path] = _view_of_container(entry.kind, list(entry.keys))
+    return manifest
+
+
+def _view_of_composite(path: str, entry: entries.ContainerEntry, stored: Mapping[str, entries.Entry]) -> Entry:
+    """A tensor made of several: one entry, with the kind of composite as its serializer."""
+    try:
+        context = values.decode(entry.extra)
+        if "class" in context:
+            return ObjectEntry(path, entry.kind, str(context["class"]), False)
+        part = stored[f"{path}/values"]
+        dtype = context.get("dtype") or part.dtype  # type: ignore[union-attr]
+        return TensorEntry(path, entry.kind, f"torch.{dtype}", [int(size) for size in context["shape"]], False)
+    except (FormatError, KeyError, TypeError, ValueError, AttributeError):
+        # a context that this version doesn't understand: restoring says so, looking goes on
+        return ObjectEntry(path, entry.kind, "unknown", False)
+
+
+def _view_of_container(kind: str, keys: list[Any]) -> Entry:
+    if kind == "OrderedDict":
+        return OrderedDictEntry(keys)
+    return ListEntry() if kind in KINDS and not KINDS[kind].mapping else DictEntry(keys)
+
+
+def _view_of_tensor(path: str, entry: entries.TensorEntry) -> TensorEntry | ShardedTensorEntry:
+    boxes = [_in_order_of_shape(box, entry.permutation) for shard in entry.shards for box in shard.boxes]
+    shape = list(entry.shape)
+    if len(boxes) <= 1:
+        # one box is the whole tensor; none are inline or empty ones
+        return _view_of_region(path, entry, shape)
+    return ShardedTensorEntry(
+        [Shard(list(box.offsets), list(box.sizes), _view_of_region(path, entry, list(box.sizes))) for box in boxes]
+    )
+
+
+def _view_of_region(path: str, entry: entries.TensorEntry, sizes: list[int]) -> TensorEntry:
+    dtype = entry.dtype if ":" in entry.dtype else f"torch.{entry.dtype}"
+    return TensorEntry(path, "buffer_protocol", dtype, sizes, False)
+
+
+def _in_order_of_shape(box: Box, permutation: tuple[int, ...] | None) -> Box:
+    """The box with its dimensions as the tensor's shape has them, not as its memory does."""
+    if permutation is None:
+        return box
+    memory_dims = sorted(range(len(permutation)), key=permutation.__getitem__)
+    return Box(tuple(box.offsets[dim] for dim in memory_dims), tuple(box.sizes[dim] for dim in memory_dims))
+
+
+def _view_of_value(path: str, entry: entries.ValueEntry, read_value: ReadValue | None) -> Iterable[tuple[str, Entry]]:
+    data = entry.data
+    if data is None and read_value is not None:
+        data = read_value(entry)
+    if data is None:
+        return [(path, ObjectEntry(path, "plain", "unknown", False))]
+    try:
+        value = values.decode(data)
+    except FormatError:
+        # a numpy value where numpy isn't there: the manifest can be looked at all the same
+        return [(path, ObjectEntry(path, "plain", "unknown", False))]
+    return _expand(path, value)
+
+
+def _expand(path: str, value: Any) -> Iterator[tuple[str, Entry]]:
+    """The entries of a plain value: exact lists and dicts are containers, everything else is a leaf."""
+    kind = type(value)
+    if kind in _PRIMITIVE_TYPES.values():
+        yield path, PrimitiveEntry.from_object(value)
+    elif kind is list:
+        yield path, ListEntry()
+        yield from _expand_children(path, range(len(value)), value)
+    elif kind in (dict, OrderedDict) and all(type(key) in (str, int, bool) for key in value):
+        yield path, _view_of_container(kind.__name__, list(value))
+        yield from _expand_children(path, value.keys(), value.values())
+    else:
+        yield path, ObjectEntry(path, "plain", class_name(kind), False)
+
+
+def _expand_children(path: str, keys: Iterable[entries.Key], children: Iterable[Any]) -> Iterator[tuple[str, Entry]]:
+    for component, child in zip(entries.component_of(keys), children, strict=True):
+        yield from _expand(f"{path}/{component}", child)

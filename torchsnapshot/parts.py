@@ -1,0 +1,105 @@
+"""A part of a state on its way from a manifest into memory: every restore and every read is made of these.
+
+What lives here: ``Part``, and what all its users need before it: the entries below a path, and the targets of several
+parts found together. What doesn't: the order of a restore (``restore``), the reads (``reading``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from torchsnapshot import values
+from torchsnapshot.entries import Entry, OpaqueEntry, StoredManifest, TensorEntry, ValueEntry
+from torchsnapshot.errors import MismatchError
+from torchsnapshot.flatten import find_targets, inflate, resolver
+from torchsnapshot.read_jobs import Sink
+from torchsnapshot.reading import Reading, load_opaque
+from torchsnapshot.targets import Target, TargetFinder
+
+
+class Part:
+    """Entries below one path, on their way into memory: first ``gather``, then, once all is read, ``build``.
+
+    Args:
+        entries: the entries of the part by path, without rank.
+        prefix: the path of the part's root.
+        current: what the application has at that place, or None.
+    """
+
+    def __init__(self, entries: Mapping[str, Entry], prefix: str, current: Any) -> None:
+        self._entries = entries
+        self._prefix = prefix
+        self._current = current
+        self._targets: dict[str, Target] = {}
+        self._data: dict[str, bytes | bytearray] = {}
+        self._resolve = resolver(current)
+        self._sinks: dict[str, Sink] = {}
+
+    def opaque(self) -> list[tuple[str, str]]:
+        """The values that only pickle can rebuild: (path, type name)."""
+        return [(path, entry.type_name) for path, entry in self._entries.items() if isinstance(entry, OpaqueEntry)]
+
+    def gather(self, work: Reading, finder: TargetFinder) -> None:
+        """Find a target for every tensor, and want every byte."""
+        current = find_targets(self._prefix, self._entries, self._current)
+        for path, entry in self._entries.items():
+            if isinstance(entry, TensorEntry):
+                target = finder.find(path, entry, current.get(path))
+                if target is not None:
+                    self._targets[path] = target
+                    self._sinks[path] = work.add_tensor(path, entry, target)
+            elif isinstance(entry, (ValueEntry, OpaqueEntry)):
+                self._data[path] = work.add_bytes(path, entry)
+
+    def finish(self) -> None:
+        """Convert what has another dtype, and tell autograd what changed."""
+        for path, target in self._targets.items():
+            target.finish(written=self._sinks[path].written)
+
+    def leaf(self, path: str, entry: Entry) -> Any:
+        """The restored tensor, value or object at a path."""
+        if isinstance(entry, TensorEntry):
+            return self._targets[path].value
+        if isinstance(entry, OpaqueEntry):
+            return load_opaque(path, entry.type_name, self._data[path])
+        return values.decode(memoryview(self._data[path]), self._resolve)
+
+    def build(self) -> Any:
+        """The whole part."""
+        return inflate(self._prefix, self._entries, self.leaf, self._current, self._resolve)
+
+
+def entries_below(manifest: StoredManifest, path: str, rank: int = 0) -> dict[str, Entry]:
+    """The entries at and below a path, by path without rank."""
+    start = len(f"{rank}/")
+    return {stored[start:]: entry for stored, entry in manifest.walk(f"{rank}/{path}")}
+
+
+def gather(
+    parts: Iterable[Part], work: Reading, manifest: StoredManifest, device: torch.device | str | None = None
+) -> None:
+    """Find all targets of these parts together, so that no two share memory by accident.
+
+    Args:
+        parts: of one restore.
+        work: what is to be read for them.
+        manifest: where their entries are from.
+        device: where tensors are allocated whose target is on the meta device; None means the CPU.
+
+    Raises:
+        MismatchError: tensors of another shape, or of a dtype that does not convert; all of them at once.
+    """
+
+    def content(entry: TensorEntry) -> object:
+        return entry.inline, tuple(digest for shard in entry.shards for digest in manifest.digests(shard.span))
+
+    finder = TargetFinder(torch.device("cpu" if device is None else device), content)
+    for part in parts:
+        part.gather(work, finder)
+    if finder.mismatches:
+        listed = "\n".join(f"  {mismatch}" for mismatch in finder.mismatches)
+        raise MismatchError(f"these tensors do not fit the target, nothing was restored:\n{listed}")
+    work.stats.converted.update(finder.converted)

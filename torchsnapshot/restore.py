@@ -1,0 +1,257 @@
+"""Runs a restore: manifest → targets → jobs → structure → ``load_state_dict``.
+
+What lives here: the order of a restore's steps, for a whole state (the snapshot's structure leads) and for a part of
+one (``paths``, ``rename``: the target's structure leads). What doesn't: arguments (``snapshot``), single values
+(``read_object``), finding targets (``parts``, ``targets``), the reads (``reading``), the selection (``selection``).
+
+Invariants: everything that can be refused is refused before the first byte of the target changes; a chunk reaches the
+target only after its digest was checked; what fails later says that the target is a mix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+
+from torchsnapshot import history
+from torchsnapshot.app_state import random_state_kept
+from torchsnapshot.composites import COMPOSITE_KINDS
+from torchsnapshot.entries import ContainerEntry, Entry, StoredManifest, ValueEntry, escape, unescape
+from torchsnapshot.errors import (
+    AbsentStateError,
+    MismatchError,
+    PartialRestoreError,
+    PickleRefusedError,
+    SnapshotNotFoundError,
+)
+from torchsnapshot.live_state import find, lay_over, leaves_of
+from torchsnapshot.opening import Opened
+from torchsnapshot.parts import Part, entries_below, gather
+from torchsnapshot.reading import Reading
+from torchsnapshot.selection import Selection
+from torchsnapshot.stateful import Stateful
+from torchsnapshot.stats import Stats
+from torchsnapshot.store.leases import reading
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreOptions:
+    """What ``Snapshot.restore`` was asked to do beyond the state itself."""
+
+    strict: bool = True
+    paths: Sequence[str] | None = None
+    rename: Callable[[str], str] | None = None
+    allow_pickle: bool = False
+    device: torch.device | str | None = None
+
+
+def restore(opened: Opened, statefuls: Mapping[str, Stateful], options: RestoreOptions) -> Stats:
+    """Bring a state back. See ``Snapshot.restore``."""
+    stats = Stats()
+    # tables and bytes that are read without a lease could be swept while they are being read
+    with reading(opened.repository, opened.name):
+        manifest = still_committed(opened)
+        if options.paths is not None or options.rename is not None:
+            _restore_part(opened, manifest, statefuls, options, stats)
+        else:
+            _restore_whole(opened, manifest, statefuls, options, stats)
+    return stats
+
+
+def still_committed(opened: Opened) -> StoredManifest:
+    """The newest committed manifest, as a listing made under a lease shows it.
+
+    Raises:
+        SnapshotNotFoundError: the snapshot has been deleted since it was opened.
+    """
+    ref = opened.repository.newest_committed(opened.name)
+    if ref is None:
+        raise SnapshotNotFoundError(f"{opened.name or 'ROOT'!r} in {opened.repository.url} has just been deleted")
+    if ref.manifest == opened.ref.manifest:
+        return opened.manifest
+    where = f"{opened.name}: manifest {ref.manifest}"
+    return StoredManifest(opened.repository.read_manifest(ref), opened.repository.read_table, where)
+
+
+def check_key(manifest: StoredManifest, key: str) -> str:
+    """The path of an app_state key in this manifest.
+
+    Raises:
+        AbsentStateError: the snapshot has no such key.
+    """
+    path = escape(key)
+    if f"0/{path}" not in manifest.entries:
+        known = sorted(unescape(root.partition("/")[2]) for root in manifest.roots)
+        raise AbsentStateError(f"{key} is absent in both manifest and flattened. The snapshot has: {', '.join(known)}.")
+    return path
+
+
+def _read_states(statefuls: Mapping[str, Stateful], stats: Stats) -> dict[str, Any]:
+    with stats.phase("state_dict"), random_state_kept(statefuls):
+        return {key: stateful.state_dict() for key, stateful in statefuls.items()}
+
+
+def _restore_whole(
+    opened: Opened,
+    manifest: StoredManifest,
+    statefuls: Mapping[str, Stateful],
+    options: RestoreOptions,
+    stats: Stats,
+) -> None:
+    paths = {key: check_key(manifest, key) for key in statefuls}
+    states = _read_states(statefuls, stats)
+    with stats.phase("plan"):
+        parts = {key: Part(entries_below(manifest, path), path, states[key]) for key, path in paths.items()}
+        refused = {} if options.allow_pickle else {key: part.opaque() for key, part in parts.items() if part.opaque()}
+        wanted = {key: part for key, part in parts.items() if key not in refused}
+        work = Reading(opened.repository, manifest, stats)
+        gather(wanted.values(), work, manifest, options.device)
+    with stats.phase("read"):
+        work.run()
+        for part in wanted.values():
+            part.finish()
+    with stats.phase("load"):
+        for key, part in wanted.items():
+            _load(key, statefuls[key], part.build(), options.strict)
+    if refused:
+        raise PickleRefusedError(refusal(refused, list(wanted)))
+    history.remember(opened.repository.store_id, history.Remembered(manifest))
+
+
+def _restore_part(
+    opened: Opened,
+    manifest: StoredManifest,
+    statefuls: Mapping[str, Stateful],
+    options: RestoreOptions,
+    stats: Stats,
+) -> None:
+    selection = Selection(options.paths, options.rename)
+    states = {escape(key): state for key, state in _read_states(statefuls, stats).items()}
+    with stats.phase("plan"):
+        leaves = list(_leaf_entries(manifest))
+        values = {path: Part(entries, path, None) for path, entries in leaves if _is_value(entries, path)}
+        first = Reading(opened.repository, manifest, stats)
+        gather(values.values(), first, manifest)
+        first.run()
+        replacements: dict[str, Any] = {}
+        for path, part in values.items():
+            for leaf, value in leaves_of(path, part.build()):
+                _place(selection.target_of(leaf), value, states, replacements)
+        parts: dict[str, Part] = {}
+        for path, entries in leaves:
+            target = None if _is_value(entries, path) else selection.target_of(path)
+            if target is not None and _place(target, None, states, replacements):
+                parts[target] = Part(entries, path, _current(states, target))
+        selection.check()
+        _check_places(states, replacements)
+        refused = {path: part.opaque() for path, part in parts.items() if part.opaque() and not options.allow_pickle}
+        if refused:
+            raise PickleRefusedError(refusal(refused, []))
+        work = Reading(opened.repository, manifest, stats)
+        gather(parts.values(), work, manifest, options.device)
+    with stats.phase("read"):
+        work.run()
+    with stats.phase("load"):
+        for target, part in parts.items():
+            part.finish()
+            replacements[target] = part.build()
+        for key, stateful in statefuls.items():
+            state, placed = lay_over(escape(key), states[escape(key)], replacements)
+            if placed:
+                _load(key, stateful, state, options.strict)
+
+
+def _leaf_entries(manifest: StoredManifest) -> Iterator[tuple[str, dict[str, Entry]]]:
+    """What can be selected: each tensor (a composite one with its parts), value and opaque object, by path."""
+    inside: str | None = None
+    for stored, entry in manifest.walk():
+        path = stored.partition("/")[2]
+        if inside is not None and path.startswith(inside):
+            continue
+        inside = None
+        if isinstance(entry, ContainerEntry):
+            if entry.kind in COMPOSITE_KINDS:
+                inside = f"{path}/"
+                yield path, entries_below(manifest, path)
+        else:
+            yield path, {path: entry}
+
+
+def _is_value(entries: Mapping[str, Entry], path: str) -> bool:
+    return isinstance(entries[path], ValueEntry)
+
+
+def _place(target: str | None, value: Any, states: Mapping[str, Any], replacements: dict[str, Any]) -> bool:
+    """Take in a new leaf, if it is wanted and belongs to a key that is being restored."""
+    if target is None or target.partition("/")[0] not in states:
+        return False
+    replacements[target] = value
+    return True
+
+
+def _current(states: Mapping[str, Any], target: str) -> Any:
+    key, *components = target.split("/")
+    try:
+        return find(states[key], components)
+    except KeyError:
+        return None
+
+
+def _check_places(states: Mapping[str, Any], replacements: Mapping[str, Any]) -> None:
+    placed: set[str] = set()
+    for key, state in states.items():
+        placed |= lay_over(key, state, replacements)[1]
+    lost = sorted(replacements.keys() - placed)
+    if lost:
+        listed = "\n".join(f"  {path}" for path in lost)
+        raise MismatchError(f"the target has no place for these paths, nothing was restored:\n{listed}")
+
+
+def refusal(refused: Mapping[str, list[tuple[str, str]]], restored: list[str]) -> str:
+    """Which values were refused because only pickle can rebuild them, and what to do."""
+    lines = [f"  {path}: {type_name}" for opaque in refused.values() for path, type_name in opaque]
+    others = f"Restored all the same: {', '.join(restored)}." if restored else "Nothing was restored."
+    return "\n".join(
+        [
+            "these values are stored as pickles, and loading a pickle runs code from the snapshot:",
+            *lines,
+            f"{others} If you trust this snapshot, pass allow_pickle=True or set TORCHSNAPSHOT_ALLOW_PICKLE=1.",
+        ]
+    )
+
+
+def _load(key: str, stateful: Stateful, state: Any, strict: bool) -> None:
+    """Hand the state to its object.
+
+    Raises:
+        PartialRestoreError: the object refused it; its tensors have been written by then.
+    """
+    try:
+        if isinstance(stateful, torch.nn.Module):
+            # what is on the meta device has no memory to copy into
+            is_meta = any(tensor.is_meta for tensor in chain(stateful.parameters(), stateful.buffers()))
+            stateful.load_state_dict(state, strict=strict, assign=is_meta)
+        else:
+            stateful.load_state_dict(state)
+    except Exception as error:
+        raise PartialRestoreError(
+            f"{key}: {type(stateful).__name__}.load_state_dict failed, after tensors had been written: the target is "
+            f"now a mix of old and new values. {type(error).__name__}: {error}"
+        ) from error
+    if isinstance(stateful, torch.optim.Optimizer):
+        _put_back_casts(stateful, state)
+
+
+def _put_back_casts(optimizer: torch.optim.Optimizer, state: Any) -> None:
+    """Put back what ``Optimizer.load_state_dict`` casts to its parameter's dtype: fp32 state of bf16 parameters."""
+    for saved_group, group in zip(state["param_groups"], optimizer.param_groups, strict=True):
+        for saved, parameter in zip(saved_group["params"], group["params"], strict=True):
+            current = optimizer.state.get(parameter, {})
+            for name, value in state["state"].get(saved, {}).items():
+                cast = current.get(name)
+                if isinstance(value, torch.Tensor) and isinstance(cast, torch.Tensor) and cast.dtype != value.dtype:
+                    current[name] = value.to(cast.device)

@@ -1,0 +1,56 @@
+"""Restoring a part: which stored paths are wanted (``paths``) and where they go (``rename``). Pure.
+
+What doesn't live here: how the selected leaves are laid over the target's state (``live_state``).
+
+Invariant: two stored paths with one place are an error that names both, and so is a glob that matches nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+
+from torchsnapshot.errors import MismatchError
+
+
+class Selection:
+    """What ``paths`` and ``rename`` ask for.
+
+    Args:
+        paths: globs over stored paths (``*`` crosses ``/``), or None for all.
+        rename: stored path -> path in the target, or None for no change.
+    """
+
+    def __init__(self, paths: Sequence[str] | None, rename: Callable[[str], str] | None) -> None:
+        if isinstance(paths, str):
+            raise TypeError(f"paths must be a list of globs, not the str {paths!r}")
+        self._paths = paths
+        self._rename = rename
+        self._matched: set[str] = set()
+        self._sources: dict[str, str] = {}
+
+    def target_of(self, path: str) -> str | None:
+        """Where a stored leaf goes; None where it is not wanted.
+
+        Raises:
+            MismatchError: another stored path goes there too.
+            TypeError: ``rename`` returned no path.
+        """
+        if self._paths is not None:
+            matching = [glob for glob in self._paths if fnmatchcase(path, glob)]
+            if not matching:
+                return None
+            self._matched.update(matching)
+        target = path if self._rename is None else self._rename(path)
+        if not isinstance(target, str):
+            raise TypeError(f"rename({path!r}) returned {target!r}; it must return a path")
+        if self._sources.setdefault(target, path) != path:
+            raise MismatchError(f"rename puts both {self._sources[target]!r} and {path!r} at {target!r}")
+        return target
+
+    def check(self) -> None:
+        """Raise ``MismatchError`` for globs that matched nothing: most likely a typing error."""
+        unmatched = [glob for glob in self._paths or () if glob not in self._matched]
+        if unmatched:
+            globs = ", ".join(map(repr, unmatched))
+            raise MismatchError(f"no stored path matches {globs}; 'torchsnapshot show SNAPSHOT' lists the paths")

@@ -1,0 +1,431 @@
+"""``Snapshot`` and ``PendingSnapshot``: arguments, defaults and checks, nothing else.
+
+What doesn't live here: how a take runs (``take``), how a restore runs (``restore``), where a store is
+(``store.locate``), how a path is opened (``opening``).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch.distributed import ProcessGroup
+
+from torchsnapshot import background, knobs
+from torchsnapshot.app_state import PrepareTensor, check_app_state, read_state
+from torchsnapshot.chunks import Encoding
+from torchsnapshot.errors import SnapshotError, SnapshotNotFoundError
+from torchsnapshot.event_handlers import logged_action
+from torchsnapshot.manifest import Entry, SnapshotMetadata, view
+from torchsnapshot.opening import Opened, open_snapshot
+from torchsnapshot.read_object import read_object, read_state_dict
+from torchsnapshot.restore import RestoreOptions, restore
+from torchsnapshot.stats import Stats
+from torchsnapshot.store.backend import StorageOptions
+from torchsnapshot.store.check import Problem
+from torchsnapshot.store.envelope import Head
+from torchsnapshot.store.keys import SIGNPOST
+from torchsnapshot.store.locate import open_root, place_for_take
+from torchsnapshot.store.repository import Repository, SnapshotInfo
+from torchsnapshot.take import Take, check_options
+from torchsnapshot.verify import Depth, verify_snapshot
+
+logger = logging.getLogger(__name__)
+
+SNAPSHOT_METADATA_FNAME = SIGNPOST
+
+T = TypeVar("T")
+Busy = Literal["wait", "skip", "overlap"]
+Rename = Callable[[str], str]
+
+
+class Snapshot:
+    """A committed state at a path: ``take`` makes one, ``restore`` brings it back.
+
+    Creating the object does no I/O and does not check that anything is there; the first use does.
+
+    Args:
+        path: a local folder, or a URL of any protocol that fsspec knows (``s3://``, ``gs://``, ``gcs://``, ...).
+        pg: the process group of the job; kept for compatibility.
+        storage_options: passed to the filesystem (endpoint, keys, project).
+    """
+
+    def __init__(
+        self, path: str, pg: ProcessGroup | None = None, storage_options: StorageOptions | None = None
+    ) -> None:
+        self.path = path
+        self.pg = pg
+        self.stats: Stats | None = None
+        self._storage_options = storage_options
+        self._opened: Opened | None = None
+        self._info: SnapshotInfo | None = None
+
+    def __repr__(self) -> str:
+        return f"Snapshot({self.path!r})"
+
+    # ------------------------------------------------------------------ taking
+
+    @classmethod
+    def take(
+        cls,
+        path: str,
+        app_state: Mapping[str, Any],
+        pg: ProcessGroup | None = None,
+        replicated: list[str] | None = None,
+        storage_options: StorageOptions | None = None,
+        _custom_tensor_prepare_func: PrepareTensor | None = None,
+        *,
+        encoding: Encoding = "auto",
+        store: str | None = None,
+        user_metadata: Mapping[str, Any] | None = None,
+        busy: Busy = "wait",
+    ) -> Snapshot:
+        """Take a snapshot of the state and return when it is committed.
+
+        What the store holds already is not written again. Taking a path again replaces its snapshot once the new one
+        is committed.
+
+        Args:
+            path: where the snapshot will be; its store is found or made beside it, see ``docs/design.md``.
+            app_state: objects with ``state_dict`` and ``load_state_dict``, or plain dicts, by key.
+            pg: process group of the job.
+            replicated: globs of paths that every rank holds alike; without meaning for one process.
+            storage_options: passed to the filesystem.
+            _custom_tensor_prepare_func: ``(path, tensor, tracing) -> tensor``; what it returns is stored.
+            encoding: ``"raw"`` never compresses, ``"auto"`` where that is cheap, ``"smallest"`` spends CPU.
+            store: the folder of the store: the path or a folder above it.
+            user_metadata: plain values that ``Snapshot.user_metadata`` gives back.
+            busy: what to do while an earlier asynchronous take is in flight: ``"wait"`` for it, ``"skip"`` this one
+                (the result is the one in flight), or ``"overlap"`` with it.
+
+        Raises:
+            TypeError: a value of ``app_state`` is neither a Stateful nor a dict.
+            UnsupportedValueError: values that no snapshot can hold, all of them at once.
+            ValueError: path, store or an option does not make sense.
+            StoreError: the store refused. Whatever was committed before is unharmed.
+        """
+        in_flight = _wait_or_skip(busy)
+        if in_flight is not None:
+            return cls(in_flight.path, pg, storage_options)
+        with logged_action("take"):
+            take, nodes = cls._prepare(
+                path,
+                app_state,
+                replicated,
+                storage_options,
+                _custom_tensor_prepare_func,
+                encoding,
+                store,
+                user_metadata,
+            )
+            with take:
+                take.begin(nodes, in_background=False)
+                opened = take.commit()
+        return cls._of(path, pg, storage_options, opened, take.stats)
+
+    @classmethod
+    def async_take(
+        cls,
+        path: str,
+        app_state: Mapping[str, Any],
+        pg: ProcessGroup | None = None,
+        replicated: list[str] | None = None,
+        storage_options: StorageOptions | None = None,
+        _custom_tensor_prepare_func: PrepareTensor | None = None,
+        *,
+        encoding: Encoding = "auto",
+        store: str | None = None,
+        user_metadata: Mapping[str, Any] | None = None,
+        busy: Busy = "wait",
+    ) -> PendingSnapshot:
+        """Take a snapshot in the background; return as soon as the caller may change its tensors.
+
+        Arguments and errors are those of ``take``; what goes wrong after the return is raised by
+        ``PendingSnapshot.wait``.
+        """
+        in_flight = _wait_or_skip(busy)
+        if in_flight is not None:
+            return in_flight
+        with logged_action("async_take"):
+            take, nodes = cls._prepare(
+                path,
+                app_state,
+                replicated,
+                storage_options,
+                _custom_tensor_prepare_func,
+                encoding,
+                store,
+                user_metadata,
+            )
+            try:
+                take.begin(nodes, in_background=True)
+            except BaseException:
+                take.close()
+                raise
+
+        def finish() -> Snapshot:
+            with take:
+                opened = take.commit()
+            return cls._of(path, pg, storage_options, opened, take.stats)
+
+        pending = PendingSnapshot(path, pg, take.stats, background.Task(finish, f"async_take of {path}"))
+        _in_flight.append(pending)
+        return pending
+
+    @staticmethod
+    def _prepare(
+        path: str,
+        app_state: Mapping[str, Any],
+        replicated: Sequence[str] | None,
+        storage_options: StorageOptions | None,
+        prepare: PrepareTensor | None,
+        encoding: Encoding,
+        store: str | None,
+        user_metadata: Mapping[str, Any] | None,
+    ) -> tuple[Take, Mapping[str, Any]]:
+        """Check the arguments, read the state, open the store: all that can fail before anything is written."""
+        statefuls = check_app_state(app_state)
+        check_options(encoding, replicated, user_metadata)
+        stats = Stats()
+        with stats.phase("state_dict"):
+            nodes = read_state(statefuls, prepare, _log_opaque)
+        with stats.phase("open"):
+            place = place_for_take(path, store, storage_options)
+            repository = Repository.create_or_open(place.backend, chunk_nbytes=knobs.get_chunk_size_bytes())
+        return Take(repository, place.name, encoding, dict(user_metadata or {}), stats), nodes
+
+    @classmethod
+    def _of(
+        cls,
+        path: str,
+        pg: ProcessGroup | None,
+        storage_options: StorageOptions | None,
+        opened: Opened,
+        stats: Stats,
+    ) -> Snapshot:
+        snapshot = cls(path, pg, storage_options)
+        snapshot._opened, snapshot.stats = opened, stats
+        return snapshot
+
+    # ------------------------------------------------------------------ restoring and reading
+
+    def restore(
+        self,
+        app_state: Mapping[str, Any],
+        strict: bool = True,
+        *,
+        paths: Sequence[str] | None = None,
+        rename: Rename | None = None,
+        allow_pickle: bool | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Bring the state back: tensors in place where their shape matches, structure from the snapshot.
+
+        Args:
+            app_state: the objects to restore, by the keys that they were taken under.
+            strict: passed to ``nn.Module.load_state_dict``.
+            paths: globs of paths (``"model/layers.0.*"``); only what matches is restored, all else stays as it is.
+            rename: stored path -> path in the target; then the target's structure leads, as with ``paths``.
+            allow_pickle: rebuild values that only pickle can hold. This runs code from the snapshot: only for
+                snapshots that you trust. None: what TORCHSNAPSHOT_ALLOW_PICKLE says.
+            device: where tensors are allocated whose target is on the meta device; None means the CPU.
+
+        Raises:
+            SnapshotNotFoundError: nothing committed is at the path.
+            AbsentStateError: a key of ``app_state`` is not in the snapshot.
+            MismatchError: tensors of another shape, all of them at once; nothing was changed.
+            PickleRefusedError: values are stored as pickles, all of them at once; all other keys were restored.
+            CorruptionError: stored bytes are damaged or missing; they never reach the target.
+            PartialRestoreError: it failed after some tensors had been written.
+        """
+        statefuls = check_app_state(app_state)
+        with logged_action("restore"):
+            options = RestoreOptions(strict, paths, rename, self._allows_pickle(allow_pickle), device)
+            self.stats = restore(self._fresh(), statefuls, options)
+
+    def read_object(
+        self,
+        path: str,
+        obj_out: T | None = None,
+        memory_budget_bytes: int | None = None,
+        *,
+        allow_pickle: bool | None = None,
+    ) -> T:
+        """Read one value.
+
+        Args:
+            path: its key in the manifest: ``"<rank>/<key>/<path>"``.
+            obj_out: a tensor of the stored shape to read into; it is what is returned then.
+            memory_budget_bytes: bytes of buffers to use at most.
+            allow_pickle: see ``restore``.
+
+        Raises:
+            SnapshotError: the path is not in the manifest.
+            MismatchError: ``obj_out`` has another shape.
+        """
+        with logged_action("read_object"):
+            value: T = read_object(self._fresh(), path, obj_out, memory_budget_bytes, self._allows_pickle(allow_pickle))
+            return value
+
+    def get_state_dict_for_key(
+        self, key: str, replicate_from_rank0: bool = False, *, allow_pickle: bool | None = None
+    ) -> dict[Any, Any]:
+        """The whole state that was taken under ``key``, with its tensors in new memory on the CPU.
+
+        Args:
+            key: a key of the ``app_state`` that was taken.
+            replicate_from_rank0: read rank 0's state on every rank.
+            allow_pickle: see ``restore``.
+        """
+        state: dict[Any, Any] = read_state_dict(self._fresh(), key, self._allows_pickle(allow_pickle))
+        return state
+
+    @staticmethod
+    def _allows_pickle(allow_pickle: bool | None) -> bool:
+        return knobs.is_pickle_allowed() if allow_pickle is None else allow_pickle
+
+    def get_manifest(self) -> dict[str, Entry]:
+        """Every container and leaf by its key ``"<rank>/<key>/<path>"``, as the old torchsnapshot shows them."""
+        return dict(self.metadata.manifest)
+
+    @property
+    def metadata(self) -> SnapshotMetadata:
+        """Version, world size and manifest, as the old torchsnapshot shows them."""
+        opened = self._open()
+        head = opened.manifest.head
+        return SnapshotMetadata(head.library, head.world_size, view(opened.manifest.entries))
+
+    @property
+    def head(self) -> Head:
+        """The snapshot's ids, times and sizes; for a snapshot from ``list`` without further I/O."""
+        return self._open().manifest.head if self._info is None else self._info.head
+
+    @property
+    def name(self) -> str:
+        """The snapshot's place below its ROOT."""
+        return self._open().name if self._info is None else self._info.name
+
+    @property
+    def user_metadata(self) -> dict[str, Any]:
+        """What was given to ``take``."""
+        return dict(self.head.user_metadata)
+
+    def _open(self) -> Opened:
+        if self._opened is None:
+            self._opened = open_snapshot(self.path, self._storage_options)
+        return self._opened
+
+    def _fresh(self) -> Opened:
+        """The snapshot as it is now: a path may have been taken again since this object saw it."""
+        self._opened = open_snapshot(self.path, self._storage_options)
+        return self._opened
+
+    # ------------------------------------------------------------------ looking after snapshots
+
+    @classmethod
+    def list(cls, root: str, storage_options: StorageOptions | None = None) -> list[Snapshot]:
+        """The committed snapshots below ``root``, oldest commit first."""
+        repository = Repository.open(open_root(root, storage_options))
+        snapshots = []
+        for info in repository.list_snapshots():
+            snapshot = cls(f"{root.rstrip('/')}/{info.name}".rstrip("/"), None, storage_options)
+            snapshot._info = info
+            snapshots.append(snapshot)
+        return snapshots
+
+    @classmethod
+    def latest(cls, root: str, storage_options: StorageOptions | None = None) -> Snapshot | None:
+        """The snapshot below ``root`` that was committed last, or None where there is none yet."""
+        try:
+            snapshots = cls.list(root, storage_options)
+        except SnapshotNotFoundError:
+            return None
+        return snapshots[-1] if snapshots else None
+
+    def delete(self) -> None:
+        """Delete the snapshot. Its bytes become free with the next gc, unless another snapshot shares them."""
+        opened = self._fresh()
+        opened.repository.delete_snapshot(opened.name)
+        self._opened = self._info = None
+
+    def verify(self, depth: Depth = "bytes") -> Sequence[Problem]:
+        """Check the snapshot.
+
+        Args:
+            depth: ``"manifests"`` reads the manifest, ``"blobs"`` looks that every blob is there with its size,
+                ``"bytes"`` reads and hashes every byte.
+
+        Returns:
+            What is wrong; empty if nothing is.
+        """
+        return verify_snapshot(self._fresh(), depth)
+
+
+class PendingSnapshot:
+    """An asynchronous take that may still be in flight.
+
+    Attributes:
+        path: the path as it was given.
+        pg: the process group as it was given.
+        stats: its figures; complete once ``wait`` has returned.
+    """
+
+    def __init__(self, path: str, pg: ProcessGroup | None, stats: Stats, task: background.Task[Snapshot]) -> None:
+        self.path = path
+        self.pg = pg
+        self.stats = stats
+        self._task = task
+
+    def __repr__(self) -> str:
+        return f"PendingSnapshot({self.path!r}, done={self.done()})"
+
+    def wait(self, timeout: float | None = None) -> Snapshot:
+        """Wait until the snapshot is committed, and return it.
+
+        Args:
+            timeout: seconds to wait; None waits as long as it takes.
+
+        Raises:
+            TimeoutError: it is not committed yet; it goes on.
+            SnapshotError: the take failed and committed nothing.
+        """
+        try:
+            return self._task.wait(timeout)
+        except (SnapshotError, TimeoutError):
+            raise
+        except Exception as error:
+            raise SnapshotError(f"Encountered exception while taking snapshot asynchronously: {error!r}") from error
+
+    def wait_staged(self) -> None:
+        """Return once the caller may change its tensors; ``async_take`` has already waited for that."""
+
+    def done(self) -> bool:
+        """Whether the take has ended, with a snapshot or an error."""
+        return self._task.done()
+
+
+_in_flight: list[PendingSnapshot] = []
+
+
+def _wait_or_skip(busy: Busy) -> PendingSnapshot | None:
+    """Do what ``busy`` says about takes in flight; returns the one because of which this take is to be skipped."""
+    if busy not in ("wait", "skip", "overlap"):
+        raise ValueError(f"busy={busy!r}: allowed are 'wait', 'skip' and 'overlap'")
+    _in_flight[:] = [pending for pending in _in_flight if not pending.done()]
+    if busy == "skip" and _in_flight:
+        return _in_flight[-1]
+    if busy == "wait":
+        for pending in _in_flight:
+            pending._task.wait_ended()
+    return None
+
+
+def _log_opaque(path: str, type_name: str) -> None:
+    logger.info(
+        "%s: a %s can only be stored as a pickle; restoring it needs allow_pickle=True. Plain values and objects "
+        "with state_dict() need none.",
+        path,
+        type_name,
+    )

@@ -1,0 +1,1 @@
+"""The content-addressed store: bytes under keys, and the protocol that keeps them. Imports no torch."""

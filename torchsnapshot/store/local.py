@@ -1,0 +1,384 @@
+"""The POSIX backend: objects are files below one folder, put atomically and durably.
+
+What lives here: the order of system calls that makes a put atomic and durable. What doesn't: direct writes (``posix``),
+what an errno means to the user (``local_errors``), where ROOT is (``locate``), any layout but that of temporary files.
+
+Invariants:
+
+- A put is: write a temporary file → fsync → rename (or link) → fsync of the folder → once for each folder that this
+  process meets: fsync of its parent. A failed fsync is final: the kernel may have dropped the pages it could not write.
+- Below ``.torchsnapshot`` only regular files are objects. A link, a pipe or a folder in an object's place is "no object
+  of that key"; it is never followed, opened for its content, or waited on.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import stat
+from collections.abc import Iterable, Iterator
+
+from torchsnapshot.errors import KeyExistsError, StoreError
+from torchsnapshot.store.backend import Backend, Buffer, Folder, FolderIdentity, ObjectInfo, check_key
+from torchsnapshot.store.keys import OK_SUFFIX, STORE_FOLDER, parse_blob_key, parse_manifest_name
+from torchsnapshot.store.local_errors import translate
+from torchsnapshot.store.posix import FileWriter, fsync, fsync_folder, make_folder
+
+_PUT_ATTEMPTS = 5
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+
+
+class LocalBackend(Backend):
+    """Objects as files below the folder ``root``.
+
+    Args:
+        root: an absolute path; it is made by the first put.
+        durable: False skips every fsync: a power loss may then lose or empty what was put before it. A crash of the
+            process alone loses nothing either way.
+    """
+
+    is_local = True
+    concurrency = 8
+
+    def __init__(self, root: str, *, durable: bool = True) -> None:
+        self.root = os.path.abspath(root)
+        self.url = self.root
+        self.durable = durable
+        self._temp_folder = os.path.join(self.root, STORE_FOLDER, "tmp")
+        self._blobs_folder = os.path.join(self.root, STORE_FOLDER, "blobs")
+        self._counter = itertools.count()
+        self._settled: dict[str, int] = {}  # folder → inode, for folders whose own name is known to be on disk
+        self._writer = FileWriter()
+
+    # ---- writing
+
+    def put(self, key: str, data: Buffer, *, if_absent: bool = False, aligned: bool = False) -> None:
+        """See ``Backend.put``."""
+        target = self._path(key)
+        view = memoryview(data).cast("B")
+        # Without fsync the page cache takes the bytes at memory speed: direct I/O would only wait for the disk.
+        direct = aligned and self.durable
+        temp_folder = self._temp_folder
+        failure: OSError | None = None
+        for _ in range(_PUT_ATTEMPTS):
+            try:
+                self._put_once(key, temp_folder, target, view, if_absent, direct)
+                return
+            except FileExistsError as error:
+                raise KeyExistsError(f"{self.url}: key {key!r} is taken already") from error
+            except OSError as error:
+                failure = error
+            if failure.errno == errno.EXDEV and temp_folder == self._temp_folder:
+                temp_folder = os.path.dirname(target)
+            elif failure.errno == errno.ENOENT:
+                # A folder is not there yet, or somebody removed an empty one, or a collector took the temporary file
+                # of a take that it holds for dead: make the folders and begin again.
+                try:
+                    self._make_folder(temp_folder)
+                    self._make_folder(os.path.dirname(target))
+                except OSError as error:
+                    raise translate(error, self.url, "put", key, writing=True) from error
+            else:
+                break
+        assert failure is not None
+        raise translate(failure, self.url, "put", key, writing=True) from failure
+
+    def _put_once(
+        self, key: str, temp_folder: str, target: str, view: memoryview, if_absent: bool, direct: bool
+    ) -> None:
+        temp = os.path.join(temp_folder, self._temp_name(key))
+        file = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+        try:
+            try:
+                self._writer.write(file, view, direct=direct)
+                if self.durable:
+                    fsync(file)
+            finally:
+                os.close(file)  # NFS reports a failed write-back here: it is not swallowed
+            if not (if_absent and _link(temp, target)):
+                os.rename(temp, target)
+        except BaseException:
+            _unlink_quietly(temp)
+            raise
+        if if_absent:
+            _unlink_quietly(temp)
+        if self.durable:
+            self._make_name_durable(os.path.dirname(target))
+
+    def _temp_name(self, key: str) -> str:
+        name = key.rpartition("/")[2]
+        owner = parse_blob_key(name) or parse_manifest_name(name.removesuffix(OK_SUFFIX))
+        label = owner.take_id if owner is not None else f"anon-{os.getpid()}"
+        return f"{label}-{next(self._counter)}-{os.urandom(4).hex()}"
+
+    # ---- folders
+
+    def _make_folder(self, folder: str) -> None:
+        """Make ``folder`` and what is missing above it."""
+        missing: list[str] = []
+        path = folder
+        while not os.path.isdir(path):
+            missing.append(path)
+            path = os.path.dirname(path)
+        for path in reversed(missing):
+            make_folder(path)
+            if os.path.dirname(path) == self._blobs_folder:
+                # All 256 at once: their names then cost one fsync of the parent, not one each.
+                for number in range(256):
+                    make_folder(os.path.join(self._blobs_folder, f"{number:02x}"))
+            if self.durable and not _is_below(path, self.root):
+                fsync_folder(os.path.dirname(path))
+
+    def _make_name_durable(self, folder: str) -> None:
+        """Fsync ``folder``, then the parents of every folder from ROOT down to it that this process meets first.
+
+        Somebody else may have made a folder and not have fsynced its parent yet: seeing it is not enough. The inode
+        tells a folder that was removed and made again from the one that we know.
+        """
+        inode = fsync_folder(folder)
+        unsettled: list[tuple[str, int]] = []
+        path = folder
+        while self._settled.get(path) != inode:
+            unsettled.append((path, inode))
+            if path == self.root or not _is_below(path, self.root):
+                break
+            path = os.path.dirname(path)
+            inode = os.stat(path).st_ino
+        for path, inode in reversed(unsettled):
+            parent = os.path.dirname(path)
+            settled = {path: inode}
+            if parent == self._blobs_folder:
+                with os.scandir(parent) as entries:
+                    settled |= {entry.path: entry.inode() for entry in entries}
+            try:
+                fsync_folder(parent)
+            except PermissionError:
+                if path != self.root:
+                    raise
+                # ROOT was there before us in a folder that we may not even open: its name isn't ours to make durable
+            self._settled |= settled
+
+    # ---- reading
+
+    def read(self, key: str, start: int = 0, nbytes: int | None = None) -> bytes:
+        """See ``Backend.read``."""
+        with self._open(key) as file:
+            available = max(0, os.fstat(file.number).st_size - start)
+            if nbytes is None:
+                nbytes = available
+            elif available < nbytes:
+                # before any memory is taken: the size may come from a hostile manifest
+                raise self._short(key, start, nbytes, available)
+            return self._read_fully(file, key, start, nbytes)
+
+    def read_head(self, key: str, nbytes: int) -> bytes:
+        """See ``Backend.read_head``."""
+        with self._open(key) as file:
+            return self._read_fully(file, key, 0, min(nbytes, os.fstat(file.number).st_size))
+
+    def _read_fully(self, file: _OpenFile, key: str, start: int, nbytes: int) -> bytes:
+        pieces: list[bytes] = []
+        done = 0
+        while done < nbytes:
+            piece = os.pread(file.number, nbytes - done, start + done)
+            if not piece:
+                raise self._short(key, start, nbytes, done)
+            pieces.append(piece)
+            done += len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def read_into(self, key: str, start: int, buffer: memoryview, *, aligned: bool = False) -> None:
+        """See ``Backend.read_into``."""
+        view = buffer.cast("B")
+        with self._open(key) as file:
+            done = 0
+            while done < view.nbytes:
+                num_read = os.preadv(file.number, [view[done:]], start + done)
+                if num_read == 0:
+                    raise self._short(key, start, view.nbytes, done)
+                done += num_read
+
+    def stat(self, key: str) -> ObjectInfo:
+        """See ``Backend.stat``."""
+        try:
+            status = os.stat(self._path(key), follow_symlinks=not _is_in_store(key))
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(errno.ELOOP, "not a regular file")
+        except OSError as error:
+            raise translate(error, self.url, "stat", key, writing=False) from error
+        return ObjectInfo(key, status.st_size, status.st_mtime)
+
+    def _open(self, key: str) -> _OpenFile:
+        # O_NONBLOCK: opening a planted pipe must not wait for its other end; regular files ignore it
+        flags = os.O_RDONLY | os.O_NONBLOCK | (os.O_NOFOLLOW if _is_in_store(key) else 0)
+        try:
+            file = os.open(self._path(key), flags)
+            if not stat.S_ISREG(os.fstat(file).st_mode):
+                os.close(file)
+                raise OSError(errno.ELOOP, "not a regular file")
+        except OSError as error:
+            raise translate(error, self.url, "read", key, writing=False) from error
+        return _OpenFile(self, key, file)
+
+    def _short(self, key: str, start: int, nbytes: int, available: int) -> StoreError:
+        return StoreError(
+            f"{self.url}: {key!r} is too short: {nbytes} bytes were asked for from offset {start}, and {available} are "
+            "there. It was truncated after it was written: verify the snapshots of this store"
+        )
+
+    # ---- listing
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        """See ``Backend.list``. Links to folders are not followed."""
+        pending = [prefix]
+        while pending:
+            folder = pending.pop()
+            found = self._scan(folder, follow_folders=False)
+            yield from found.objects
+            pending.extend(f"{folder}/{name}" if folder else name for name in found.folders)
+
+    def list_folder(self, prefix: str) -> Folder:
+        """See ``Backend.list_folder``. Outside ``.torchsnapshot``, a link to a folder counts as a folder."""
+        return self._scan(prefix, follow_folders=True)
+
+    def folder_identity(self, prefix: str) -> FolderIdentity | None:
+        """See ``Backend.folder_identity``."""
+        path = self._path(prefix) if prefix else self.root
+        try:
+            status = os.stat(path)
+            if not stat.S_ISDIR(status.st_mode):
+                return None
+            return FolderIdentity(status.st_dev, status.st_ino, status.st_uid, os.path.islink(path))
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                return None
+            raise translate(error, self.url, "list", prefix, writing=False) from error
+
+    def _scan(self, prefix: str, *, follow_folders: bool) -> Folder:
+        in_store = _is_in_store(prefix)
+        subfolders: list[str] = []
+        objects: list[ObjectInfo] = []
+        try:
+            with os.scandir(self._path(prefix) if prefix else self.root) as entries:
+                for entry in entries:
+                    try:
+                        if entry.is_dir(follow_symlinks=follow_folders and not in_store):
+                            subfolders.append(entry.name)
+                            continue
+                        status = entry.stat(follow_symlinks=not in_store)
+                    except OSError as error:
+                        if error.errno in (errno.ENOENT, errno.ELOOP):
+                            continue  # it vanished while we looked, or it is a link to nothing or to itself
+                        raise
+                    if stat.S_ISREG(status.st_mode):
+                        key = f"{prefix}/{entry.name}" if prefix else entry.name
+                        objects.append(ObjectInfo(key, status.st_size, status.st_mtime))
+        except (FileNotFoundError, NotADirectoryError):
+            return Folder((), ())
+        except OSError as error:
+            raise translate(error, self.url, "list", prefix, writing=False) from error
+        return Folder(tuple(subfolders), tuple(objects))
+
+    # ---- removing and renewing
+
+    def delete(self, keys: Iterable[str]) -> dict[str, Exception]:
+        """See ``Backend.delete``.
+
+        Outside ``.torchsnapshot`` the folders are fsynced: a deleted snapshot must not come back after gc has taken its
+        blobs. A blob or protocol object that comes back is garbage, and gc takes it again.
+        """
+        failures: dict[str, Exception] = {}
+        changed: dict[str, str] = {}
+        for key in keys:
+            path = self._path(key)
+            try:
+                os.unlink(path)
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                continue  # no object of that key
+            except OSError as error:
+                failures[key] = translate(error, self.url, "delete", key, writing=True)
+                continue
+            if not _is_in_store(key):
+                changed[os.path.dirname(path)] = key
+        for folder, key in changed.items() if self.durable else ():
+            try:
+                fsync_folder(folder)
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                failures[key] = translate(error, self.url, "delete", key, writing=True)
+        return failures
+
+    def touch(self, key: str) -> None:
+        """See ``Backend.touch``. The time is the file server's own."""
+        self.stat(key)  # a folder or a link is no object
+        try:
+            os.utime(self._path(key), follow_symlinks=False)
+        except OSError as error:
+            absent = isinstance(error, (FileNotFoundError, NotADirectoryError))
+            raise translate(error, self.url, "touch", key, writing=not absent) from error
+
+    def remove_empty_folders(self, prefix: str) -> None:
+        """See ``Backend.remove_empty_folders``. ROOT itself stays."""
+        top = self._path(prefix) if prefix else self.root
+        for folder, _, _ in os.walk(top, topdown=False, followlinks=False):
+            if folder != self.root:
+                try:
+                    os.rmdir(folder)
+                except OSError:
+                    pass  # something is in it, or somebody else was faster
+
+    def _path(self, key: str) -> str:
+        return os.path.join(self.root, check_key(key))
+
+
+class _OpenFile:
+    """An open file descriptor whose errors name the key."""
+
+    __slots__ = ("backend", "key", "number")
+
+    def __init__(self, backend: LocalBackend, key: str, number: int) -> None:
+        self.backend = backend
+        self.key = key
+        self.number = number
+
+    def __enter__(self) -> _OpenFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        os.close(self.number)
+        if isinstance(error, OSError):
+            raise translate(error, self.backend.url, "read", self.key, writing=False) from error
+
+
+def _is_in_store(key: str) -> bool:
+    return key == STORE_FOLDER or key.startswith(STORE_FOLDER + "/")
+
+
+def _is_below(path: str, folder: str) -> bool:
+    return path.startswith(folder.rstrip("/") + "/")
+
+
+def _link(temp: str, target: str) -> bool:
+    """Link ``temp`` as ``target``; False where the filesystem has no links, ``FileExistsError`` where it is taken."""
+    try:
+        os.link(temp, target, follow_symlinks=False)
+    except FileExistsError:
+        if os.stat(temp).st_nlink == 1:
+            raise
+        # the reply to our own link was lost (NFS): the name is ours
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        if os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target) from error
+        return False
+    return True
+
+
+def _unlink_quietly(temp: str) -> None:
+    try:
+        os.unlink(temp)
+    except OSError:
+        pass  # it was renamed already, or a collector takes it

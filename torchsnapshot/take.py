@@ -1,0 +1,189 @@
+"""Runs a take: lease → index → plan → jobs → commit.
+
+What lives here: the order of a take's steps and its figures. What doesn't: arguments and defaults (``snapshot``), the
+work on one chunk (``take_jobs``), what is cut how (``plan``), the protocol's rules (``store.leases``, ``store.known``).
+
+Invariant: the manifest is put after every blob that it names is durable; ``store.leases`` does the rest of the order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, get_args
+
+from torchsnapshot import history, knobs
+from torchsnapshot.chunks import ChunkWriter, Encoding
+from torchsnapshot.engine import Mode, Run, submit
+from torchsnapshot.entries import MAX_INLINE_NBYTES, USER_METADATA, StoredManifest, ValueEntry, pack_entries
+from torchsnapshot.flatten import Node
+from torchsnapshot.opening import Opened
+from torchsnapshot.plan import SMALL_CHUNK_NBYTES, TakePlan, build_entries, plan_take
+from torchsnapshot.stats import Stats
+from torchsnapshot.store.envelope import Head, pack_manifest, user_metadata_fits
+from torchsnapshot.store.known import Known, known_for_take
+from torchsnapshot.store.leases import TakeSession, start_take
+from torchsnapshot.store.repository import Repository
+from torchsnapshot.take_jobs import ChunkJob, GroupJob, PackLiveness
+from torchsnapshot.values import encode
+from torchsnapshot.version import __version__
+
+
+def check_options(encoding: str, replicated: Sequence[str] | None, user_metadata: Mapping[str, Any] | None) -> None:
+    """Refuse options that make no sense, before anything is read or written.
+
+    Raises:
+        ValueError: an unknown encoding.
+        TypeError: ``replicated`` is not a list of globs, or ``user_metadata`` no dict with str keys.
+    """
+    if encoding not in get_args(Encoding):
+        raise ValueError(f"encoding={encoding!r}: allowed are {', '.join(map(repr, get_args(Encoding)))}")
+    if replicated is not None and (isinstance(replicated, str) or not all(isinstance(g, str) for g in replicated)):
+        raise TypeError(f"replicated must be a list of globs, got {replicated!r}")
+    # whoever is not checked by mypy may pass anything
+    metadata: Any = user_metadata
+    if metadata is not None and not (isinstance(metadata, Mapping) and all(isinstance(key, str) for key in metadata)):
+        raise TypeError(f"user_metadata must be a dict with str keys, got {user_metadata!r}")
+    if user_metadata and len(encode(dict(user_metadata))) > MAX_INLINE_NBYTES:
+        raise ValueError(f"user_metadata is larger than {MAX_INLINE_NBYTES} bytes; put it into app_state as a dict")
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What a take holds between staging and commit."""
+
+    session: TakeSession
+    parent: history.Remembered
+    known: Known
+    plan: TakePlan
+    writer: ChunkWriter
+    run: Run
+
+
+class Take:
+    """One take of one process, from the flattened state to the commit. A context: leaving it drops the lease."""
+
+    def __init__(
+        self, repository: Repository, name: str, encoding: Encoding, user_metadata: dict[str, Any], stats: Stats
+    ) -> None:
+        self.repository = repository
+        self.name = name
+        self.stats = stats
+        self._encoding = encoding
+        self._user_metadata = user_metadata
+        self._session: TakeSession | None = None
+        self._run: Run | None = None
+        self._work: _Work | None = None
+
+    def begin(self, nodes: Mapping[str, Node], *, in_background: bool) -> None:
+        """Put the lease, plan, and hand the work to the engine.
+
+        Args:
+            nodes: the flattened state by path.
+            in_background: return as soon as the caller may change its tensors; else when every blob is durable.
+        """
+        repository, stats = self.repository, self.stats
+        with stats.phase("lease"):
+            session = self._session = start_take(repository, self.name)
+        parent = history.recall(repository.store_id)
+        with stats.phase("index"):
+            known = known_for_take(repository, session.evidence, parent.take_id)
+        with stats.phase("plan"):
+            previous = parent
+            if parent.take_id is None and known.newest is not None:
+                # a process without a memory of its own compares with the newest manifest of the store
+                previous = history.Remembered(StoredManifest(known.newest, repository.read_table))
+            chunk_nbytes = knobs.get_chunk_size_bytes(repository.chunk_nbytes)
+            small_nbytes = 0 if knobs.is_batching_disabled() else min(SMALL_CHUNK_NBYTES, chunk_nbytes)
+            plan = plan_take(nodes, previous, chunk_nbytes, small_nbytes)
+            writer = ChunkWriter(repository, session.take_id, 0, self._encoding)
+            liveness = PackLiveness(plan.groups, known)
+        jobs: list[ChunkJob | GroupJob] = [GroupJob(group, known, writer, liveness) for group in plan.groups]
+        jobs.extend(ChunkJob(chunk, known, writer) for chunk in plan.large)
+        with stats.phase("stage" if in_background else "write"):
+            run = self._run = submit(
+                jobs,
+                budget=knobs.get_staging_budget_bytes(plan.state_nbytes)
+                if in_background
+                else knobs.get_memory_budget_bytes(),
+                num_workers=max(knobs.get_num_threads(), repository.backend.concurrency),
+                mode=Mode.STAGE_FIRST if in_background else Mode.THROUGH,
+            )
+            run.wait_staged() if in_background else run.wait()
+        self._work = _Work(session, parent, known, plan, writer, run)
+
+    def commit(self) -> Opened:
+        """Wait until every blob is durable, put the manifest, commit.
+
+        Raises:
+            LeaseLostError: a collector called this take dead; nothing was committed.
+            CommitUnknownError: the store gave no clear answer.
+            Whatever staging or putting raised.
+        """
+        work = self._work
+        if work is None:
+            raise AssertionError("commit() before begin()")
+        with self.stats.phase("write"):
+            work.run.wait()
+        with self.stats.phase("commit"):
+            data = self._manifest(work)
+            ref = work.session.commit(data)
+        work.known.learn(work.writer.refs)
+        manifest = StoredManifest(data, self.repository.read_table)
+        history.remember(
+            self.repository.store_id, history.Remembered(manifest, changed=history.changed_chunks(work.plan))
+        )
+        return Opened(self.repository, self.name, ref, manifest)
+
+    def _manifest(self, work: _Work) -> bytes:
+        """Sum up the figures and pack the manifest."""
+        stats, new = self.stats, work.writer.refs
+        stats.state_nbytes = work.plan.state_nbytes
+        stats.num_chunks = sum(len(leaf.chunks) for leaf in work.plan.leaves)
+        stats.num_new_chunks = len(new)
+        stats.new_nbytes = sum(ref.nbytes for ref in new)
+        stats.reused_nbytes = sum(chunk.nbytes for chunk in work.plan.chunks()) - stats.new_nbytes
+        stats.stored_nbytes, stats.num_blobs = work.writer.stored_nbytes, work.writer.num_blobs
+        entries, table = build_entries(work.plan, rank=0)
+        user_metadata = self._user_metadata
+        if not user_metadata_fits(user_metadata):
+            data = encode(user_metadata)
+            entries[f"0/{USER_METADATA}"] = ValueEntry(data, None, len(data))
+            user_metadata = {}
+        head = Head(
+            take_id=work.session.take_id,
+            store_id=self.repository.store_id,
+            created_ms=work.session.commit_time_ms(),
+            parent=work.parent.take_id,
+            world_size=1,
+            state_nbytes=stats.state_nbytes,
+            new_nbytes=stats.new_nbytes,
+            reused_nbytes=stats.reused_nbytes,
+            stored_nbytes=stats.stored_nbytes,
+            num_chunks=stats.num_chunks,
+            num_new_chunks=stats.num_new_chunks,
+            num_blobs=stats.num_blobs,
+            library=__version__,
+            user_metadata=user_metadata,
+        )
+        data = pack_manifest(head, (table,), pack_entries(entries))
+        stats.manifest_nbytes = len(data)
+        return data
+
+    def close(self) -> None:
+        """Stop what still runs and drop the lease. May be called at any point, more than once."""
+        if self._run is not None and not self._run.done:
+            self._run.cancel()
+        if self._session is not None:
+            self._session.close()
+        # staged bytes and tensors must not live as long as a handle that the caller keeps
+        self._run = self._work = None
+
+    def __enter__(self) -> Take:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,117 @@
+"""Which stored tensor goes where: into the target's own memory, or into new memory. Reads and writes no stored bytes.
+
+What doesn't live here: reading (``restore``, ``read_jobs``), what a tensor looks like in memory (``tensors``).
+
+Invariants: two restored tensors never share memory unless the application's own do *and* both get the same content;
+memory of ours is never handed out; a target that cannot take raw bytes (expanded, overlapping, inference, another
+dtype) gets its values through a new tensor. A shape that does not fit is an error, never a guess.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from torchsnapshot.dtypes import name_of, numpy_name
+from torchsnapshot.entries import TensorEntry
+from torchsnapshot.host_views import HostView, memory_span, target_view
+from torchsnapshot.tensors import allocate, bump_version, can_write_in_place, convert_into, why_inconvertible
+
+
+@dataclass(slots=True, eq=False)
+class Target:
+    """Where one stored tensor goes.
+
+    ``value`` is what stands in the restored state; ``view`` is the memory that bytes are scattered into: that of
+    ``value``, or that of ``staging``, whose values are converted into ``value`` at the end. ``is_own``: ``value`` was
+    the application's before.
+    """
+
+    value: Any
+    view: HostView
+    is_own: bool = False
+    staging: Any = None
+
+    def finish(self, *, written: bool) -> None:
+        """Convert from staging where there is one, and tell autograd that the memory changed."""
+        if self.staging is not None:
+            convert_into(self.value, self.staging)
+        elif self.is_own and written:
+            bump_version(self.value)
+
+
+@dataclass(slots=True)
+class TargetFinder:
+    """Finds the target of each stored tensor, and collects what does not fit.
+
+    Args:
+        device: where tensors are allocated whose target is on the meta device.
+        content: what a stored tensor holds, in a form that compares: targets that share memory must hold the same.
+    """
+
+    device: torch.device
+    content: Callable[[TensorEntry], object]
+    mismatches: list[str] = field(default_factory=list)
+    converted: dict[str, tuple[str, str]] = field(default_factory=dict)
+    _spans: list[tuple[str, int, int]] = field(default_factory=list)
+    _holders: dict[tuple[str, int, int], object] = field(default_factory=dict)
+
+    def find(self, path: str, entry: TensorEntry, current: Any) -> Target | None:
+        """The target for ``entry``, where the application has ``current`` at the path (None: nothing).
+
+        Returns None where it does not fit, and notes that in ``mismatches``.
+        """
+        if current is None:
+            return self._new(entry)
+        if tuple(current.shape) != entry.shape:
+            self.mismatches.append(f"{path}: stored {list(entry.shape)}, target {list(current.shape)}")
+            return None
+        if isinstance(current, torch.Tensor) and current.is_meta:
+            return self._new(entry, self.device)
+        name = name_of(current.dtype) if isinstance(current, torch.Tensor) else numpy_name(current.dtype)
+        if name == entry.dtype:
+            if can_write_in_place(current) and self._claims(current, entry):
+                return Target(current, target_view(current, entry.permutation), is_own=True)
+            return self._new(entry, getattr(current, "device", None))
+        obstacle = why_inconvertible(entry.dtype, current)
+        if obstacle is not None:
+            self.mismatches.append(f"{path}: {obstacle}")
+            return None
+        self.converted[path] = (entry.dtype, str(name))
+        staging = self._new(entry)
+        if not _can_convert_in_place(current) or not self._claims(current, entry):
+            current = torch.empty_like(current) if isinstance(current, torch.Tensor) else current.copy()
+        return Target(current, staging.view, is_own=True, staging=staging.value)
+
+    def _new(self, entry: TensorEntry, device: torch.device | None = None) -> Target:
+        value = allocate(entry.dtype, entry.shape, entry.permutation, device, as_array=entry.wrapper == "numpy")
+        return Target(value, target_view(value, entry.permutation))
+
+    def _claims(self, current: Any, entry: TensorEntry) -> bool:
+        """Whether the memory is free for this tensor: nobody else's, or that of one with the very same content."""
+        device = str(current.device) if isinstance(current, torch.Tensor) else "cpu"
+        span = (device, *memory_span(current))
+        if span[1] == span[2]:
+            return True
+        content = (entry.dtype, entry.shape, entry.permutation, self.content(entry))
+        if span in self._holders:
+            return self._holders[span] == content
+        place = bisect_left(self._spans, span)
+        before = self._spans[place - 1] if place else None
+        after = self._spans[place] if place < len(self._spans) else None
+        if before is not None and before[0] == span[0] and before[2] > span[1]:
+            return False
+        if after is not None and after[0] == span[0] and after[1] < span[2]:
+            return False
+        insort(self._spans, span)
+        self._holders[span] = content
+        return True
+
+
+def _can_convert_in_place(current: Any) -> bool:
+    # torch quantizes into memory that raw bytes could not be scattered into
+    return can_write_in_place(current) or (isinstance(current, torch.Tensor) and current.is_quantized)

@@ -1,0 +1,7 @@
+"""See ``torchsnapshot.adapters.fsdp``."""
+
+from __future__ import annotations
+
+from torchsnapshot.adapters.fsdp import FSDPOptimizerAdapter
+
+__all__ = ["FSDPOptimizerAdapter"]

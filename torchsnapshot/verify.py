@@ -1,0 +1,169 @@
+"""The deep check: every byte of every chunk is read, decoded and hashed. The lighter depths are ``store.check``'s.
+
+What doesn't live here: repair. Blobs that are found damaged are noted in the store, so that no later take reuses them.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+from torchsnapshot import knobs
+from torchsnapshot.buffers import Buffer
+from torchsnapshot.chunk_reader import ChunkReader
+from torchsnapshot.engine import submit
+from torchsnapshot.entries import StoredManifest
+from torchsnapshot.errors import CorruptionError, FormatError, SnapshotError, SnapshotNotFoundError, StoreError
+from torchsnapshot.opening import Opened
+from torchsnapshot.progress import NO_PROGRESS, Progress
+from torchsnapshot.store.backend import StorageOptions
+from torchsnapshot.store.check import Problem, check_blobs, check_manifests
+from torchsnapshot.store.envelope import ChunkRef
+from torchsnapshot.store.leases import reading
+from torchsnapshot.store.locate import find_root
+from torchsnapshot.store.repository import Repository
+
+logger = logging.getLogger(__name__)
+
+Depth = Literal["manifests", "blobs", "bytes"]
+DEPTHS: Final[tuple[Depth, ...]] = ("manifests", "blobs", "bytes")
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyResult:
+    """What was checked, and what is wrong with it."""
+
+    names: list[str]
+    problems: list[Problem]
+
+
+def verify_path(
+    path: str, depth: Depth, storage_options: StorageOptions | None = None, progress: Progress = NO_PROGRESS
+) -> VerifyResult:
+    """Check the snapshot at ``path``, or all snapshots below it.
+
+    Raises:
+        SnapshotNotFoundError: there is neither.
+    """
+    place = find_root(path, storage_options)
+    if place is None:
+        raise SnapshotNotFoundError(f"{path}: neither this folder nor one above it holds a store of snapshots")
+    repository = Repository.open(place.backend)
+    below = f"{place.name}/" if place.name else ""
+    roots = repository.walk().roots
+    names = sorted({ref.name for ref in roots if ref.name == place.name or ref.name.startswith(below)})
+    if place.name and not names:
+        raise SnapshotNotFoundError(f"{path}: no snapshot is here")
+    return VerifyResult(names, verify_names(repository, names, depth, progress))
+
+
+def verify_snapshot(opened: Opened, depth: Depth) -> list[Problem]:
+    """Check one snapshot. See ``Snapshot.verify``."""
+    return verify_names(opened.repository, [opened.name], depth)
+
+
+def verify_names(
+    repository: Repository, names: Iterable[str], depth: Depth, progress: Progress = NO_PROGRESS
+) -> list[Problem]:
+    """Check these snapshots of a store.
+
+    Args:
+        repository: the store.
+        names: of snapshots, as ``list_snapshots`` gives them.
+        depth: how deep; each depth includes those before it.
+        progress: told about what has been read.
+    """
+    names = list(names)
+    if depth not in DEPTHS:
+        raise ValueError(f"depth={depth!r}: allowed are {', '.join(map(repr, DEPTHS))}")
+    if depth == "manifests":
+        return list(check_manifests(repository, progress, names=names))
+    problems = list(check_blobs(repository, progress, names=names))
+    if depth == "bytes":
+        # what is missing has been reported, and reading it would only say so again
+        problems += _check_bytes(repository, names, frozenset(problem.key for problem in problems), progress)
+    return problems
+
+
+@dataclass(slots=True)
+class _Findings:
+    progress: Progress
+    problems: list[Problem] = field(default_factory=list)
+    damaged: set[str] = field(default_factory=set)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class _CheckJob:
+    """Reads and proves one chunk."""
+
+    def __init__(self, name: str, ref: ChunkRef, reader: ChunkReader, findings: _Findings) -> None:
+        self.nbytes = ref.nbytes
+        self._name = name
+        self._ref = ref
+        self._reader = reader
+        self._findings = findings
+
+    def stage(self, buffer: Buffer | None) -> bool:
+        """Do all of it; nothing is left to finish."""
+        assert buffer is not None
+        problem: Problem | None = None
+        try:
+            self._reader.read_into(self._ref, buffer.memory(self.nbytes))
+        except (CorruptionError, FormatError) as error:
+            problem = Problem("damaged", self._name, self._ref.key, str(error))
+        except StoreError as error:
+            problem = Problem("unreadable", self._name, self._ref.key, str(error))
+        with self._findings.lock:
+            self._findings.progress.advance(self._ref.stored_nbytes)
+            if problem is not None:
+                self._findings.problems.append(problem)
+                if problem.kind == "damaged":
+                    self._findings.damaged.add(self._ref.key)
+        return False
+
+    def finish(self, buffer: Buffer | None) -> None:
+        """Nothing is left."""
+
+
+def _check_bytes(
+    repository: Repository, names: Iterable[str], known_bad: frozenset[str], progress: Progress
+) -> list[Problem]:
+    findings = _Findings(progress)
+    reader = ChunkReader(repository)
+    with reading(repository, ""):
+        chunks = {(ref.key, ref.offset): (name, ref) for name, ref in _chunks(repository, names, findings)}
+        wanted = [(name, ref) for name, ref in chunks.values() if ref.key not in known_bad]
+        progress.start("reading chunks", sum(ref.stored_nbytes for _, ref in wanted))
+        jobs = [_CheckJob(name, ref, reader, findings) for name, ref in wanted]
+        if jobs:
+            num_workers = max(knobs.get_num_threads(), repository.backend.concurrency)
+            submit(jobs, num_workers=num_workers, budget=knobs.get_memory_budget_bytes()).wait()
+        progress.finish()
+    if findings.damaged:
+        try:
+            repository.mark_damaged(findings.damaged)
+        except StoreError as error:
+            logger.info("damaged blobs could not be noted in %s: %s", repository.url, error)
+    return findings.problems
+
+
+def _chunks(repository: Repository, names: Iterable[str], findings: _Findings) -> Iterator[tuple[str, ChunkRef]]:
+    """Every chunk that a committed manifest of these snapshots names, with the snapshot's name."""
+    for name in names:
+        for ref in repository.manifests_of(name):
+            if not ref.committed:
+                continue
+            try:
+                manifest = StoredManifest(repository.read_manifest(ref), repository.read_table, ref.object)
+                for path, entry in manifest.entries.items():
+                    manifest.check(path, entry)
+                tables = list(manifest.envelope.iter_tables(repository.read_table))
+            except FormatError as error:
+                findings.problems.append(Problem("manifest", name, ref.object, str(error)))
+            except SnapshotError:
+                continue  # gone since the listing, or reported by the depths before
+            else:
+                yield from ((name, chunk) for table in tables for chunk in table.iter_refs())
