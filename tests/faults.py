@@ -1,6 +1,7 @@
 """Backends that fail on purpose: for tests of what is left behind, and of what is done about it.
 
-Each wraps another backend. Deletes of many keys count as one operation for each key, so that a crash can fall between them.
+Each wraps another backend. A delete of many keys counts as one operation for each of them, so that a crash can fall
+between two.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ class Stored:
     content: bytes
     generation: int
     updated: str
+    metadata: dict[str, str]
 
 
 class Cloud:
@@ -41,10 +42,10 @@ class Cloud:
         self.uploads: dict[str, tuple[str, str, dict[str, str], bytearray]] = {}
         self.generations = itertools.count(1)
 
-    def store(self, bucket: str, name: str, content: bytes) -> Stored:
+    def store(self, bucket: str, name: str, content: bytes, metadata: dict[str, str]) -> Stored:
         """Put an object."""
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        stored = Stored(content, next(self.generations), now)
+        stored = Stored(content, next(self.generations), now, metadata)
         self.buckets[bucket][name] = stored
         return stored
 
@@ -73,6 +74,7 @@ def describe(bucket: str, name: str, stored: Stored) -> dict[str, object]:
         "timeCreated": stored.updated,
         "updated": stored.updated,
         "storageClass": "STANDARD",
+        "metadata": stored.metadata,
         "md5Hash": base64.b64encode(hashlib.md5(stored.content).digest()).decode(),
         "crc32c": base64.b64encode(google_crc32c.value(stored.content).to_bytes(4, "big")).decode(),
     }
@@ -179,11 +181,11 @@ class Handler(BaseHTTPRequestHandler):
             metadata = json.loads(re.split(rb"\r?\n\r?\n", head, maxsplit=1)[1])
             media = re.split(rb"\r?\n\r?\n", rest, maxsplit=1)[1]
             content = media[: media.rindex(b"\n" + mark)].removesuffix(b"\r")
-            facts = describe(bucket, metadata["name"], Stored(content, 0, ""))
+            facts = describe(bucket, metadata["name"], Stored(content, 0, "", {}))
             for checksum in ("crc32c", "md5Hash"):
                 if metadata.get(checksum, facts[checksum]) != facts[checksum]:
                     raise HttpError(400, f"Provided {checksum} doesn't match calculated {checksum}.")
-            return self.finish_upload(bucket, metadata["name"], content, self.query)
+            return self.finish_upload(bucket, metadata["name"], content, self.query, metadata.get("metadata"))
         if "upload_id" in self.query:
             upload = self.query["upload_id"]
             if upload not in CLOUD.uploads:
@@ -205,10 +207,17 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(200, b"", {"Location": location})
         raise HttpError(400, f"uploadType {kind!r} is not known here")
 
-    def finish_upload(self, bucket: str, name: str, content: bytes, conditions: dict[str, str]) -> None:
+    def finish_upload(
+        self,
+        bucket: str,
+        name: str,
+        content: bytes,
+        conditions: dict[str, str],
+        metadata: dict[str, str] | None = None,
+    ) -> None:
         """Store what was uploaded, if the condition holds."""
         self.check_generation(CLOUD.buckets[bucket].get(name), conditions)
-        self.answer_json(describe(bucket, name, CLOUD.store(bucket, name, content)))
+        self.answer_json(describe(bucket, name, CLOUD.store(bucket, name, content, metadata or {})))
 
     def check_generation(self, stored: Stored | None, conditions: dict[str, str] | None = None) -> None:
         """412 unless ifGenerationMatch holds; 0 means that there is no such object."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
 import decimal
 import math
 import pickle
@@ -21,7 +23,7 @@ from torchsnapshot.entries import (
     unpack_entries,
 )
 from torchsnapshot.flatten import Node, OpaqueLeaf, TensorLeaf, ValueLeaf, find_targets, flatten, inflate, resolver
-from torchsnapshot.tensors import allocate, bump_version, can_write_in_place, host_view, name_of, target_view, wrap
+from torchsnapshot.tensors import allocate, bump_version, can_write_in_place, host_view, name_of, target_view
 
 
 def entry_of(node: Node) -> Entry:
@@ -60,7 +62,7 @@ def restore_tensor(entry: TensorEntry, target: Any = None) -> Any:
     tensor = allocate(entry.dtype, entry.shape, entry.permutation, as_array=entry.wrapper == "numpy")
     view = target_view(tensor, entry.permutation)
     view.scatter(grid.whole(view.memory_shape), data)
-    return wrap(tensor, entry.wrapper, entry.requires_grad)
+    return tensor
 
 
 def store(state: Any, on_opaque: Callable[[str, str], None] = lambda path, name: None) -> bytes:
@@ -121,7 +123,12 @@ def same(left: Any, right: Any) -> bool:
         return len(left) == len(right) and all(map(same, left, right))
     if hasattr(left, "getvalue"):
         return bool(left.getvalue() == right.getvalue() and left.tell() == right.tell())
-    return repr(left) == repr(right) if isinstance(left, decimal.Decimal) else bool(left == right)
+    if dataclasses.is_dataclass(left):
+        return same(vars(left), vars(right))
+    if isinstance(left, (decimal.Decimal, datetime.datetime, datetime.time)):
+        # equality knows neither a fold nor a nan
+        return repr(left) == repr(right)
+    return bool(left == right)
 
 
 def same_tensor(left: torch.Tensor, right: torch.Tensor) -> bool:
@@ -161,5 +168,5 @@ def bits(tensor: torch.Tensor) -> bytes:
     if not plain.numel():
         return b""
     raw = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}[plain.element_size()]
-    flat = plain.view(raw).contiguous().reshape(-1)
+    flat = plain.view(raw).clone(memory_format=torch.contiguous_format).reshape(-1)
     return bytes(flat.view(torch.uint8).tolist())

@@ -137,7 +137,7 @@ def test_stage_first_stages_everything_first(record: Record) -> None:
 
 
 def test_stage_first_finishes_when_no_buffer_is_free(record: Record) -> None:
-    """With room for two, the third can only be staged when the first is finished; a job without buffer needs no room."""
+    """With room for two, the third is staged when the first is finished; a job without buffer needs no room."""
     jobs = [Numbered(record, number, 0 if number == 3 else PAGE) for number in range(5)]
     submit(jobs, num_workers=1, budget=2 * PAGE, mode=Mode.STAGE_FIRST, pool=record.pool).wait()
     assert record.steps == ["s0", "s1", "f0", "s2", "s3", "f1", "s4", "f2", "f3", "f4"]
@@ -319,23 +319,45 @@ class TestCancel:
 
     def test_ctrl_c_cancels_and_goes_on_to_the_caller(self, record: Record) -> None:
         """A ``KeyboardInterrupt`` in ``wait`` ends an endless run, waits for its steps, and is raised."""
+        main = threading.main_thread().ident
+        interrupted: list[bool] = []
 
-        def endless() -> Iterator[Job]:
-            yield Numbered(record, 0, in_stage=_thread.interrupt_main)
-            for number in itertools.count(1):
-                yield Numbered(record, number)
+        def interrupt_when_waiting() -> None:
+            frame = sys._current_frames()[main] if main is not None else None
+            names = []
+            while frame is not None:
+                names.append(frame.f_code.co_name)
+                frame = frame.f_back
+            if names[:2] == ["wait", "_wait"] and not interrupted:
+                interrupted.append(True)
+                _thread.interrupt_main()
 
-        run: Run | None = None
+        endless = (Numbered(record, number, in_stage=interrupt_when_waiting) for number in itertools.count())
+        run = submit(endless, num_workers=2, pool=record.pool)
         with pytest.raises(KeyboardInterrupt):
-            # the interrupt may arrive before wait() is entered: it still lands in this block
-            run = submit(endless(), num_workers=2, pool=record.pool)
-            run.wait()
-        if run is None:  # pragma: no cover
-            pytest.fail("the interrupt arrived inside submit()")
-        run.cancel()
-        with pytest.raises(CancelledError):
             run.wait()
         assert run.done
+        with pytest.raises(CancelledError):
+            run.wait()
+
+    def test_ctrl_c_while_threads_start_leaves_nothing_running(
+        self, record: Record, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A ``KeyboardInterrupt`` out of ``submit`` stops the threads that it had started."""
+        real_start = threading.Thread.start
+        started: list[threading.Thread] = []
+
+        def start(thread: threading.Thread) -> None:
+            real_start(thread)
+            started.append(thread)
+            if len(started) == 2:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(threading.Thread, "start", start)
+        with pytest.raises(KeyboardInterrupt):
+            submit((Numbered(record, number) for number in itertools.count()), num_workers=4, pool=record.pool)
+        for thread in started:
+            thread.join()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have a niceness of their own on Linux only")
@@ -419,7 +441,7 @@ print(threading.active_count())
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_fork_while_a_run_is_active() -> None:
-    """The child has no run but a working engine, also if others of the parent's threads held locks; the parent goes on."""
+    """The child has no run but a working engine, whatever locks the parent's threads held; the parent goes on."""
     script = """
 gate = threading.Event()
 lent = []

@@ -25,12 +25,9 @@ def test_example_runs(script: Path, tmp_path: Path) -> None:
     out = run(script, tmp_path / "snapshots")
     assert "ok:" in out
     assert "NOT TRUE" not in out
-
-
-def test_training_example_shows_that_frozen_weights_cost_nothing(tmp_path: Path) -> None:
-    """Trained from scratch all of the state is new each time; while the lower half is frozen, less is."""
-    rows = [line.split() for line in run(EXAMPLES[0].parent / "train_gpt.py", tmp_path).splitlines()]
-    state_and_new = {row[1]: (row[3:5], row[5:7]) for row in rows if row and row[0] in ("scratch", "finetune")}
-    assert state_and_new["4"][0] == state_and_new["4"][1]
-    last = max(state_and_new, key=int)
-    assert state_and_new[last][0] != state_and_new[last][1]
+    if script.stem == "train_gpt":
+        # trained from scratch all of the state is new each time; while the lower half is frozen, less is
+        rows = [line.split() for line in out.splitlines() if line.startswith(("scratch", "finetune"))]
+        share = {int(row[1]): float(row[5]) / float(row[3]) for row in rows}
+        assert share[4] > 0.95
+        assert share[max(share)] < 0.8

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-import threading
 from collections.abc import Callable, Iterator
 
 import pytest
-from faults import Crash, CrashAt, WrappingBackend
+from faults import Crash, CrashAt
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interleaving import HOURS, Actor, CacheOfProcess, World
 from tiny_takes import (
     Time,
     blobs_of,
@@ -24,160 +24,9 @@ from tiny_takes import (
 
 from torchsnapshot.errors import SnapshotError
 from torchsnapshot.store import known
-from torchsnapshot.store.backend import Backend
 from torchsnapshot.store.gc import collect
-from torchsnapshot.store.keys import STORE_FOLDER
 from torchsnapshot.store.leases import TakeSession, start_take
 from torchsnapshot.store.repository import Repository
-
-HOURS = 3600.0
-
-
-class Stopped(BaseException):
-    """The run is over; whoever still waits ends here."""
-
-
-class Actor:
-    """One process: a thread that the scheduler lets do one store operation at a time."""
-
-    def __init__(self, world: World, name: str, run: Callable[[Actor], None]) -> None:
-        self.world = world
-        self.name = name
-        self.process = name
-        self.backend = GatedBackend(world.backend, self)
-        self.repository = reopened(world.repository, self.backend)
-        self.go = threading.Semaphore(0)
-        self.is_done = False
-        self.is_dead = False
-        self._run = run
-        self.thread = threading.Thread(target=self._main, name=name, daemon=True)
-
-    def _main(self) -> None:
-        self.world.local.actor = self
-        try:
-            self.pause()
-            self._run(self)
-        except (Crash, Stopped, SnapshotError):
-            pass
-        except BaseException as error:
-            self.world.errors.append(error)
-        finally:
-            self.is_done = True
-            self.world.turn.release()
-
-    def pause(self) -> None:
-        """Wait to be let on."""
-        self.world.turn.release()
-        self.go.acquire()
-        if self.world.is_over:
-            raise Stopped
-        if self.is_dead:
-            raise Crash
-
-    def sleep(self, seconds: float) -> None:
-        """As a clock: others act meanwhile."""
-        self.pause()
-        self.world.time.seconds += seconds
-
-    def now(self) -> float:
-        """As a clock."""
-        return self.world.time.seconds
-
-    def monotonic(self) -> float:
-        """As a clock."""
-        return self.world.time.seconds
-
-
-class GatedBackend(WrappingBackend):
-    """Waits for the scheduler before each operation; a deleted blob is deleted once more at any time later."""
-
-    def __init__(self, inner: Backend, actor: Actor) -> None:
-        super().__init__(inner)
-        self._actor = actor
-
-    def around(self, operation: str, key: str, call: Callable[[], object]) -> object:
-        """Wait, then do it."""
-        self._actor.pause()
-        if operation == "delete" and "/blobs/" in key:
-            self._actor.world.late_deletes.append(key)
-        return call()
-
-
-class World:
-    """A store, its actors, and the scheduler that picks who goes on."""
-
-    def __init__(self, choose: Callable[[int], int]) -> None:
-        self.choose = choose
-        self.time = Time()
-        self.repository = new_store(self.time)
-        self.backend = self.repository.backend
-        self.turn = threading.Semaphore(0)
-        self.local = threading.local()
-        self.errors: list[BaseException] = []
-        self.late_deletes: list[str] = []
-        self.is_over = False
-        self.actors: list[Actor] = []
-        self.successes: list[tuple[str, frozenset[str], str]] = []
-        self.caches: dict[str, dict[str, known.Filled]] = {}
-
-    def add(self, name: str, run: Callable[[Actor], None]) -> Actor:
-        actor = Actor(self, name, run)
-        self.actors.append(actor)
-        return actor
-
-    def start(self) -> None:
-        for actor in self.actors:
-            actor.thread.start()
-            self.turn.acquire()
-
-    def step(self, actor: Actor) -> None:
-        """Let one actor do one operation."""
-        actor.go.release()
-        self.turn.acquire()
-
-    def run(self, *, jumps: int, crashes: int, max_steps: int = 3000) -> None:
-        """Let the actors run, in an order that ``choose`` picks, until all are done."""
-        self.start()
-        for _ in range(max_steps):
-            live = [actor for actor in self.actors if not actor.is_done]
-            if not live:
-                break
-            event = self.choose(40)
-            if event == 0 and jumps:
-                jumps -= 1
-                self.time.seconds += 2 * HOURS
-            elif event == 1 and crashes:
-                crashes -= 1
-                live[self.choose(len(live))].is_dead = True
-            elif event == 2 and self.late_deletes:
-                self.backend.delete([self.late_deletes[self.choose(len(self.late_deletes))]])
-            else:
-                self.step(live[self.choose(len(live))])
-        self.is_over = True
-        for actor in self.actors:
-            while not actor.is_done:
-                self.step(actor)
-            actor.thread.join()
-        if self.errors:
-            raise self.errors[0]
-
-
-class CacheOfProcess(dict[str, known.Filled]):
-    """In place of the process-wide cache of ``known``: one for each simulated process."""
-
-    def __init__(self, world: World) -> None:
-        super().__init__()
-        self._world = world
-
-    def _mine(self) -> dict[str, known.Filled]:
-        actor: Actor = self._world.local.actor
-        return self._world.caches.setdefault(actor.process, {})
-
-    def get(self, key: str, default: known.Filled | None = None) -> known.Filled | None:  # type: ignore[override]
-        return self._mine().get(key, default)
-
-    def __setitem__(self, key: str, value: known.Filled) -> None:
-        self._mine()[key] = value
 
 
 def take_several(name: str, contents: list[list[bytes]], sessions: list[TakeSession]) -> Callable[[Actor], None]:
@@ -191,7 +40,7 @@ def take_several(name: str, contents: list[list[bytes]], sessions: list[TakeSess
                 with start_take(repository, path, clock=actor, heartbeat_seconds=None) as session:
                     sessions.append(session)
                     known_now = known.known_for_take(repository, session.evidence, None, actor.monotonic)
-                    refs = write_blobs(session, wanted)
+                    refs = write_blobs(session, wanted, known_now)
                     manifest = manifest_of(repository, session.take_id, refs, session.commit_time_ms())
                     session.commit(manifest)
                     keys = frozenset(ref.key for ref in refs)
@@ -319,6 +168,122 @@ def test_chosen_interleavings_lose_no_blob(data: st.DataObject) -> None:
         finish(play(choose, patch))
 
 
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    """A store with one snapshot, "old", which the process "w1" has taken; a test says who goes on when."""
+    found = World(lambda limit: 0)
+    monkeypatch.setattr(known, "_filled", CacheOfProcess(found))
+    found.local.actor = Actor(found, "w1", lambda actor: None)
+    take(found.repository, "old", b"wanted", time=found.time)
+    yield found
+    found.end()
+    check_world(found)
+
+
+def wants(world: World, process: str, name: str) -> Actor:
+    """A training process that is about to take the content of "old" once more."""
+    return world.add(process, take_several(name, [[b"wanted"]], []))
+
+
+def delete_now(world: World, name: str) -> None:
+    """A user deletes a snapshot, in one go."""
+    world.backend.delete([info.key for info in world.backend.list(name)])
+
+
+def test_a_take_that_is_called_dead_between_its_checks_and_its_ok_does_not_succeed(world: World) -> None:
+    """The mark that came after the first check is found by the second one; the manifest goes again."""
+    taker, collector = wants(world, "w1", "new"), world.add("gc", run_gc(1))
+    world.start()
+    world.until(taker, "put", "new_0/.manifests/")
+    delete_now(world, "old")
+    world.time.seconds += 2 * HOURS
+    world.finish(collector)
+    assert blobs_of(world.backend) == set()
+    world.finish(taker)
+    assert world.successes == []
+    assert world.repository.manifests_of("new_0") == []
+
+
+def test_a_collector_that_was_taken_over_deletes_nothing(world: World) -> None:
+    """A take that began after the takeover saw nothing condemned, and the old collector never looked for its lease."""
+    first, second = wants(world, "w1", "first"), wants(world, "w2", "second")
+    slow, other = world.add("gc1", run_gc(1)), world.add("gc2", run_gc(1))
+    world.start()
+    world.until(first, "put", "first_0/.manifests/")
+    delete_now(world, "old")
+    world.until(slow, "list", "leases")
+    world.until(slow, "put", "gc/pending")
+    world.until(slow, "list", "leases")
+    for _ in range(3):
+        world.step(slow)
+    world.finish(first)
+    assert len(world.successes) == 1
+    # the slow collector sees that the lease has gone, and stalls before it reads the manifests again
+    while slow.next != ("list", ""):
+        world.step(slow)
+    world.time.seconds += 2 * HOURS
+    world.finish(other)
+    world.until(second, "put", "second_0/.manifests/")
+    delete_now(world, "first_0")
+    world.finish(slow)
+    world.finish(second)
+    assert [path for path, _, _ in world.successes] == ["first_0", "second_0"]
+    check_world(world)
+
+
+def test_whoever_takes_over_a_pending_set_leaves_a_marker(world: World) -> None:
+    """The deletes of a dead collector may still land: no index from before may be trusted once its set has gone."""
+    dead, other, taker = world.add("gc1", run_gc(1)), world.add("gc2", run_gc(1)), wants(world, "w1", "new")
+    delete_now(world, "old")
+    dead.holds_deletes = True
+    world.start()
+    world.until(dead, "delete", "/blobs/")
+    world.step(dead)
+    dead.is_dead = True
+    world.finish(dead)
+    world.time.seconds += 2 * HOURS
+    world.backend.put(f"broken/.manifests/000001-{'0' * 24}", b"this stops the other collector after its takeover")
+    world.finish(other)
+    assert protocol_objects(world.backend) == []
+    assert blobs_of(world.backend) != set()
+    world.finish(taker)
+    world.land()
+    assert len(world.successes) == 1
+    check_world(world)
+    delete_now(world, "broken")
+
+
+def test_a_manifest_without_its_ok_is_no_evidence(world: World) -> None:
+    """The take that put it may have been called dead, and its blobs deleted, though not yet out of sight."""
+    lost, collector, taker = wants(world, "w1", "lost"), world.add("gc", run_gc(1)), wants(world, "w2", "new")
+    world.start()
+    world.until(lost, "put", "lost_0/.manifests/")
+    delete_now(world, "old")
+    world.time.seconds += 2 * HOURS
+    collector.holds_deletes = True
+    world.finish(collector)
+    world.step(lost)
+    assert len(world.repository.manifests_of("lost_0")) == 1
+    world.finish(taker)
+    world.finish(lost)
+    world.land()
+    assert [path for path, _, _ in world.successes] == ["new_0"]
+    check_world(world)
+
+
+def test_the_sweeps_are_listed_after_the_condemned_sets(world: World) -> None:
+    """Whatever sweep ends between the two readings is seen by the second one."""
+    collector, taker = world.add("gc", run_gc(1)), wants(world, "w1", "new")
+    delete_now(world, "old")
+    world.start()
+    world.until(collector, "delete", "/blobs/")
+    world.until(taker, "list", "gc/pending")
+    world.finish(collector)
+    world.finish(taker)
+    assert len(world.successes) == 1
+    check_world(world)
+
+
 def prepared() -> tuple[Time, Repository]:
     """A store with two snapshots that share content, and with debris for gc."""
     time = Time()
@@ -333,7 +298,7 @@ def prepared() -> tuple[Time, Repository]:
 
 @pytest.mark.parametrize("after", [False, True])
 def test_a_take_may_crash_at_every_store_operation(after: bool) -> None:
-    """Wherever a take stops: the older snapshots are whole, it is either committed and whole or not there, gc cleans up."""
+    """Wherever a take stops: older snapshots are whole, it is committed and whole or not there, gc cleans up."""
     nth = 0
     crashed = True
     while crashed:
@@ -400,14 +365,12 @@ def test_a_collector_may_crash_at_every_store_operation(after: bool) -> None:
 
 @pytest.mark.parametrize("after", [False, True])
 def test_a_deletion_may_crash_at_every_store_operation(after: bool) -> None:
-    """Wherever a deletion stops: the others are whole, no older generation comes back, and deleting again finishes it."""
+    """Wherever a deletion stops: the others are whole, no older generation comes back, deleting again finishes it."""
     nth = 0
     crashed = True
     while crashed:
         time, repository = prepared()
         first = take(repository, "three", b"shared", b"old generation", time=time)
-        repository.backend.put(f"three/.manifests/000002-{'0' * 24}", b"a take that never got its .ok")
-        repository.backend.delete([f"three/.manifests/000002-{'0' * 24}"])
         backend = CrashAt(repository.backend, nth, after=after)
         try:
             reopened(repository, backend).delete_snapshot("three")
@@ -423,4 +386,3 @@ def test_a_deletion_may_crash_at_every_store_operation(after: bool) -> None:
         assert not missing_blobs(repository)
         assert {info.name for info in repository.list_snapshots()} == {"one", "two"}
     assert nth > 4
-    assert STORE_FOLDER == ".torchsnapshot"

@@ -301,6 +301,12 @@ def test_damaged_frames_under_right_digests(data: st.DataObject) -> None:
 
 ARRAY32, MAP32, BIN32, STR32, EXT32 = (bytes([kind]) + b"\xff\xff\xff\xff" for kind in (0xDD, 0xDF, 0xC6, 0xDB, 0xC9))
 
+plain_trees = st.recursive(
+    st.none() | st.booleans() | st.integers(-(1 << 63), (1 << 64) - 1) | st.floats() | st.text() | st.binary(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=20,
+)
+
 BOMBS = {
     "array32": ARRAY32,
     "map32": MAP32,
@@ -355,6 +361,26 @@ def test_msgpack_bombs(section: SectionType, name: str) -> None:
         for start, end in field_offsets(raw):
             for rest in (raw[end:], b""):
                 refused_or_read(sealed({**parts, section: raw[:start] + BOMBS[name] + rest}))
+
+
+@given(plain_trees)
+@settings(deadline=None)
+def test_lengths_of_sound_msgpack_pass(value: object) -> None:
+    """What msgpack packed passes the check of its lengths; with a byte less or more it doesn't."""
+    data = msgpack.packb(value)
+    bounded.check_lengths(data, "value")
+    for broken in (data[:-1], data + b"\0"):
+        with pytest.raises(FormatError, match="value"):
+            bounded.check_lengths(broken, "value")
+
+
+def test_lengths_that_lie_are_refused() -> None:
+    """Nested headers that each claim many elements are refused without allocating any."""
+    bombs = [(header * (1 << 20))[: 1 << 20] for header in (b"\xdc\xff\xff", b"\xdd\x00\x0f\xff\xff", b"\xde\xff\xff")]
+    with little_memory():
+        for bomb in bombs:
+            with pytest.raises(FormatError):
+                bounded.check_lengths(bomb, "value")
 
 
 @pytest.mark.parametrize(("depth", "fine"), [(15, True), (16, False), (40, False)])

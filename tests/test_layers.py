@@ -37,7 +37,7 @@ LAYERS = [
     # 3: tensors and states, cut and put together; chunks as stored bytes
     """chunk_reader chunks composites diff flatten host_views live_state manifest manifest_utils tensors""",
     # 4: the jobs: plan, take, restore, verify, copy
-    """app_state copy history opening plan read_jobs reading restore selection take take_jobs targets verify""",
+    """app_state copy history opening parts plan read_jobs read_object reading restore selection take take_jobs targets verify""",
     # 5: the front door from Python
     """snapshot maintenance adapters adapters.ddp adapters.fsdp tricks tricks.ddp tricks.fsdp test_utils""",
     # 6: the names of the package; the command line
@@ -57,8 +57,6 @@ PURE = [
     "grid",
     "plan",
     "store.gcplan",
-    "store.index",
-    "store.keys",
     "values",
 ]
 IMPURE = {"asyncio", "io", "os", "pathlib", "random", "shutil", "socket", "subprocess", "tempfile", "threading", "time"}
@@ -170,7 +168,8 @@ def test_imports_stand_at_the_top(module: str) -> None:
 @pytest.mark.parametrize("module", FILES)
 def test_modules_and_functions_are_small(module: str) -> None:
     """No module has more than 400 lines, no function more than 60 (its docstring aside), no function is async."""
-    assert len(FILES[module].read_text().splitlines()) <= MAX_LINES
+    lines = len(FILES[module].read_text().splitlines())
+    assert lines <= MAX_LINES
     for function in functions(TREES[module]):
         assert isinstance(function, ast.FunctionDef), f"{module}:{function.lineno}: threads, no async def"
         first = (

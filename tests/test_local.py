@@ -45,7 +45,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
 
 
 def record_calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
-    """Record the calls of ``os`` that change something; descriptors are shown by the path that they were opened with."""
+    """Record the calls of ``os`` that change something; a descriptor is shown by the path that it was opened with."""
     recorded: list[Call] = []
     paths: dict[int, str] = {}
     real_open = os.open
@@ -73,7 +73,7 @@ def record_calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
     for name in ("rename", "link"):
         record(name, lambda source, target: (source, target))
     for name in ("mkdir", "unlink"):
-        record(name, lambda path: (path,))
+        record(name, lambda path, *_: (path,))
     return recorded
 
 
@@ -371,7 +371,7 @@ class TestFullAndReadOnly:
         unmount(folder)
 
     def test_full_disk(self, small_disk: Path) -> None:
-        """A full disk is its own error that names the cure; nothing half-written stays, and the old objects are whole."""
+        """A full disk is its own error that names the cure; nothing half-written stays, old objects are whole."""
         backend = LocalBackend(str(small_disk / "root"))
         backend.put("small", b"content")
         with pytest.raises(StoreFullError, match=r"big.*No space left.*delete snapshots, then run gc"):
@@ -453,7 +453,7 @@ class TestFullAndReadOnly:
 class TestPlanted:
     @pytest.mark.parametrize("kind", ["link", "dangling link", "pipe", "folder", "socket"])
     def test_in_place_of_a_blob(self, backend: LocalBackend, tmp_path: Path, kind: str) -> None:
-        """Whatever lies in a blob's place but isn't a regular file is no object: not followed, not waited on, not seen."""
+        """What lies in a blob's place but isn't a regular file is no object: not followed, not waited on, not seen."""
         backend.put(blob()[1], b"")
         _, key, _ = blob()
         path = os.path.join(backend.root, key)
@@ -539,6 +539,7 @@ class TestListing:
         monkeypatch.setattr(os, "scandir", at_last_moment)
         assert {info.key for info in backend.list("")} == {"a/one"}
 
+    @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
     def test_forked_child_can_write(self, backend: LocalBackend) -> None:
         """A backend that has written in the parent works in a forked child, direct writes included."""
         data = page_aligned(NBYTES)

@@ -51,8 +51,9 @@ def layouts_of(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     """The same elements in every layout that a strided tensor can have."""
     raw = tensor.view(dtypes.RAW_TYPES[tensor.element_size()])
     dims = tensor.dim()
-    found = {"plain": raw, "reversed": raw.permute(*range(dims - 1, -1, -1)), "expanded": raw.expand(2, *raw.shape)}
+    found = {"plain": raw, "expanded": raw.expand(2, *raw.shape)}
     if dims:
+        found["reversed"] = raw.permute(*range(dims - 1, -1, -1))
         wide = torch.stack([raw, raw.flip(0)], dim=-1)
         found["every second"] = wide[..., 0]
         found["rolled"] = raw.permute(*range(1, dims), 0)
@@ -99,7 +100,9 @@ def test_every_dtype_and_shape_in_every_layout_comes_back(name: str, shape: tupl
         assert same_tensor(back, tensor)
         assert entry.nbytes == tensor.numel() * tensor.element_size()
         if entry.permutation is not None:
-            assert back.stride() == tensor.stride()
+            # the stride of a dimension of size 1 means nothing
+            strides = zip(tensor.shape, back.stride(), tensor.stride(), strict=True)
+            assert all(mine == theirs for size, mine, theirs in strides if size > 1)
 
 
 @given(st.permutations(range(4)), st.data())
@@ -136,15 +139,12 @@ def test_any_box_of_any_layout_is_staged_and_scattered(order: list[int], data: s
     assert torch.equal(blank, expected)
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf support")
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128, torch.complex32])
 def test_conjugate_and_negative_views_are_resolved(dtype: torch.dtype) -> None:
     """What is stored is what the tensor says, not the bits that lie under a pending operation."""
-    raw = torch.randn(3, 4, 2, dtype=torch.float64)
-    base = (
-        torch.view_as_complex(raw.half() if dtype is torch.complex32 else raw).to(dtype)
-        if (dtype is not torch.complex32)
-        else torch.view_as_complex(raw.half())
-    )
+    raw = torch.randn(3, 4, 2)
+    base = torch.view_as_complex(raw.half() if dtype is torch.complex32 else raw).to(dtype)
     lazy = base.conj()
     assert lazy.is_conj()
     view = host_view(lazy)
@@ -213,6 +213,7 @@ def test_boxes_and_buffers_that_do_not_fit_are_refused() -> None:
         view.stage(Box((0,), (4,)), memoryview(bytearray(16)))
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_what_cannot_be_read_is_named() -> None:
     """Each reason says what the tensor is."""
 
@@ -278,7 +279,8 @@ def test_restored_tensors_get_their_wrapper() -> None:
         torch.ones(2, requires_grad=True) * 2,
         torch.ones(()),
     ):
-        back = restore_tensor(entry_of(TensorLeaf(original, wrapper_of(original), original.requires_grad)))
+        plain = restore_tensor(entry_of(TensorLeaf(original, "tensor", False)))
+        back = wrap(plain, wrapper_of(original), original.requires_grad)
         assert type(back) is type(original)
         assert wrapper_of(back) == wrapper_of(original)
         assert back.requires_grad == original.requires_grad
@@ -291,7 +293,6 @@ ARRAY_DTYPES = [
     numpy.dtype([("a", "i4"), ("b", ">f8", (2,))]),
     numpy.dtype([("a", "i1"), ("b", "f8")], align=True),
     numpy.dtype({"names": ["x"], "formats": ["i2"], "offsets": [3], "itemsize": 9}),
-    numpy.dtype([]),
 ]
 
 
@@ -316,7 +317,7 @@ def test_arrays_of_every_dtype_come_back(dtype: Any) -> None:
             target = numpy.zeros_like(array)
             if target.shape == each.shape:
                 assert restore_tensor(entry_of(TensorLeaf(each, "numpy", False)), target) is target
-                assert (target == each).all()
+                assert target.tobytes() == each.tobytes() if dtype.names is None else (target == each).all()
 
 
 def test_arrays_and_tensors_of_one_dtype_share_a_name() -> None:
@@ -403,6 +404,7 @@ def test_conversions_that_lose_or_do_not_exist_are_errors() -> None:
     """Imaginary parts are not dropped in silence, and torch's missing kernels are named."""
     assert "imaginary" in str(why_inconvertible("complex64", torch.zeros(1)))
     assert why_inconvertible("uint4", torch.zeros(1)) is not None
+    assert "layout" in str(why_inconvertible("float64", torch.sparse_coo_tensor(size=(2, 2), check_invariants=True)))
     assert why_inconvertible("float32", torch.zeros(1)) is None
     assert why_inconvertible("numpy:<M8[s]", torch.zeros(1)) is not None
     assert why_inconvertible("float32", numpy.zeros(1, "i4")) is None

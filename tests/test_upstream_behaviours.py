@@ -709,6 +709,32 @@ def test_read_object_gives_values(snapshot: Snapshot) -> None:
     assert tensor_eq(snapshot.read_object("0/key/nested/list/1/deep"), torch.ones(2))
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_every_leaf_of_the_manifest_can_be_read(path: str) -> None:
+    """Each key of the manifest that is no container is one that ``read_object`` knows, whatever the value's kind."""
+    module = network()
+    odd = StateDict(
+        values={"tuple": (1, (2,)), "set": {1}, "when": datetime(2024, 1, 1), 1: {"a/b": [OrderedDict(x=1)]}},
+        quantized=rand_tensor((3, 4), torch.qint8),
+        sparse=torch.eye(3).to_sparse(),
+        mixed=(torch.ones(2), {"x": [torch.zeros(3), None]}),
+    )
+    Snapshot.take(path, {"optimizer": trained(torch.optim.AdamW, module), "odd": odd})
+    snapshot = Snapshot(path)
+    leaves = {key: entry for key, entry in snapshot.get_manifest().items() if not is_container_entry(entry)}
+    assert {
+        "0/optimizer/param_groups/0/betas",
+        "0/odd/values/tuple",
+        "0/odd/quantized",
+        "0/odd/sparse",
+    } <= leaves.keys()
+    for key, entry in leaves.items():
+        value = snapshot.read_object(key)
+        assert isinstance(value, torch.Tensor) == (entry.type == "Tensor"), key
+    assert snapshot.read_object("0/optimizer/param_groups/0/betas") == (0.9, 0.999)
+    assert tensor_eq(snapshot.read_object("0/odd/quantized"), odd["quantized"])
+
+
 def test_read_object_fills_the_given_tensor(snapshot: Snapshot) -> None:
     """A tensor of the same dtype and shape is filled, and is what is returned."""
     out = torch.zeros(2, 3)

@@ -1,4 +1,4 @@
-"""Takes of byte strings instead of tensors: the store's part of a take, done by the real code, for tests of the store."""
+"""Takes of byte strings instead of tensors: the store's part of a take, done by the real code."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 import xxhash
 
 from torchsnapshot.store.backend import Backend
+from torchsnapshot.store.clock import Clock
 from torchsnapshot.store.envelope import ChunkRef, ChunkTableBuilder, Head, ManifestFile, pack_manifest
 from torchsnapshot.store.keys import OK_SUFFIX, BlobKey, blob_object
-from torchsnapshot.store.known import known_for_take
+from torchsnapshot.store.known import Known, known_for_take
 from torchsnapshot.store.leases import TakeSession, start_take
 from torchsnapshot.store.memory import MemoryBackend
 from torchsnapshot.store.repository import ManifestRef, Repository
@@ -77,26 +78,25 @@ def chunk_of(content: bytes, take_id: str) -> ChunkRef:
     return ChunkRef(digest, len(content), key, len(content), 0, len(content))
 
 
-def write_blobs(session: TakeSession, contents: Iterable[bytes], *, share: bool = True) -> list[ChunkRef]:
-    """Reuse what may be reused, write the rest."""
-    repository = session.repository
-    known = known_for_take(repository, session.evidence, None) if share else None
+def write_blobs(session: TakeSession, contents: Iterable[bytes], known: Known | None = None) -> list[ChunkRef]:
+    """Reuse what may be reused (nothing, if ``known`` is None), write the rest."""
     refs = []
     for content in contents:
         fresh = chunk_of(content, session.take_id)
         ref = known.lookup(fresh.digest, fresh.nbytes) if known is not None else None
         if ref is None:
-            repository.put_blob(fresh.key, content)
+            session.repository.put_blob(fresh.key, content)
             ref = fresh
         refs.append(ref)
     return refs
 
 
-def take(repository: Repository, name: str, *contents: bytes, time: Time | None = None) -> ManifestRef:
+def take(repository: Repository, name: str, *contents: bytes, time: Clock | None = None) -> ManifestRef:
     """A whole take. Its chunks enter the index of this process when it has succeeded."""
-    with start_take(repository, name, clock=time or Time(), heartbeat_seconds=None) as session:
-        known = known_for_take(repository, session.evidence, None)
-        refs = write_blobs(session, contents)
+    time = time or Time()
+    with start_take(repository, name, clock=time, heartbeat_seconds=None) as session:
+        known = known_for_take(repository, session.evidence, None, time.monotonic)
+        refs = write_blobs(session, contents, known)
         ref = session.commit(manifest_of(repository, session.take_id, refs, session.commit_time_ms()))
         known.learn(refs)
         return ref

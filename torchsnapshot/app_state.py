@@ -8,6 +8,7 @@ even if some ``state_dict()`` draws numbers, and it equals the one after a resto
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,8 @@ from torchsnapshot.entries import escape
 from torchsnapshot.errors import UnsupportedValueError
 from torchsnapshot.flatten import Node, TensorLeaf, flatten
 from torchsnapshot.stateful import RNGState, Stateful, as_stateful
+
+logger = logging.getLogger(__name__)
 
 PrepareTensor = Callable[[str, torch.Tensor, bool], torch.Tensor]
 """``_custom_tensor_prepare_func``: (path, tensor, tracing) -> the tensor to store."""
@@ -54,15 +57,12 @@ def random_state_kept(statefuls: Mapping[str, Stateful]) -> Iterator[None]:
         torch.set_rng_state(before)
 
 
-def read_state(
-    statefuls: Mapping[str, Stateful], prepare: PrepareTensor | None, on_opaque: Callable[[str, str], None]
-) -> dict[str, Node]:
+def read_state(statefuls: Mapping[str, Stateful], prepare: PrepareTensor | None = None) -> dict[str, Node]:
     """Ask every object for its state and flatten it.
 
     Args:
         statefuls: what ``check_app_state`` returned.
         prepare: applied to every tensor; what it returns is stored.
-        on_opaque: told the path and type of every value that only pickle can hold.
 
     Returns:
         The nodes by path, keys in order, parents before children.
@@ -79,7 +79,7 @@ def read_state(
     problems: list[str] = []
     for key in statefuls:
         try:
-            nodes.update(flatten(escape(key), states[key], on_opaque=on_opaque))
+            nodes.update(flatten(escape(key), states[key], on_opaque=_log_opaque))
         except UnsupportedValueError as error:
             problems.extend(error.problems)
     if problems:
@@ -102,3 +102,12 @@ def _prepared(path: str, leaf: TensorLeaf, prepare: PrepareTensor) -> TensorLeaf
                 f"the {kind} call returned {tuple(other.shape)}."
             )
     return TensorLeaf(result, leaf.wrapper, leaf.requires_grad)
+
+
+def _log_opaque(path: str, type_name: str) -> None:
+    logger.info(
+        "%s: a %s can only be stored as a pickle; restoring it needs allow_pickle=True. Plain values and objects "
+        "with state_dict() need none.",
+        path,
+        type_name,
+    )

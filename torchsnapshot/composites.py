@@ -62,7 +62,9 @@ def take_tensor_apart(tensor: torch.Tensor) -> Composite | str | None:
         if not hasattr(kind, "__tensor_flatten__") or kind.__module__.startswith(_DISTRIBUTED_MODULES):
             return "tensors of this class cannot be stored; convert it to a plain tensor"
         return _take_subclass_apart(tensor)
-    if tensor.device.type != "meta":
+    if tensor.layout is torch.strided and not tensor.is_quantized:
+        return why_unreadable(tensor)
+    if not tensor.is_meta:
         if tensor.is_quantized:
             return _take_quantized_apart(tensor)
         if tensor.layout is torch.sparse_coo:
@@ -130,8 +132,8 @@ def _settle(tensor: torch.Tensor, target: object) -> Any:
     """Write a rebuilt tensor into the target where that is of the same make; otherwise return it."""
     if type(target) not in _PLAIN_TYPES or not isinstance(target, torch.Tensor) or target.shape != tensor.shape:
         return tensor
-    if target.device.type == "meta" or target.is_inference():
-        return tensor.to(target.device) if target.device.type != "meta" else tensor
+    if target.is_meta or target.is_inference():
+        return tensor
     same_make = target.layout is tensor.layout and target.is_quantized == tensor.is_quantized
     source = tensor.detach()
     if tensor.is_quantized and target.layout is torch.strided and target.dtype.is_floating_point:

@@ -191,13 +191,21 @@ class Run:
                 thread.start()
             except RuntimeError as error:
                 # no more threads: the ones that started carry the run alone; none at all is the caller's problem
-                with self._changed:
-                    self._live_workers -= num_workers - index
-                    self._changed.notify_all()
+                self._discount_workers(num_workers - index)
                 if index == 0:
                     self._error = error
                     raise
                 return
+            except BaseException as error:
+                # Ctrl-C while the thread was starting: it runs, and the caller will never get hold of this run
+                self._discount_workers(num_workers - index - 1)
+                self._stop(error)
+                raise
+
+    def _discount_workers(self, count: int) -> None:
+        with self._changed:
+            self._live_workers -= count
+            self._changed.notify_all()
 
     def _work(self) -> None:
         try:
@@ -205,12 +213,7 @@ class Run:
         except BaseException as error:
             self._stop(error)
         finally:
-            with self._changed:
-                self._live_workers -= 1
-                if self._live_workers == 0:
-                    self._head = None
-                    self._jobs = iter(())
-                self._changed.notify_all()
+            self._discount_workers(1)
 
     def _work_until_done(self) -> None:
         lowered = False

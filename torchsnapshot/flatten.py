@@ -34,7 +34,7 @@ from torchsnapshot.kinds import (
     safe_class,
     take_apart,
 )
-from torchsnapshot.tensors import is_array, wrapper_of
+from torchsnapshot.tensors import is_array, wrap, wrapper_of
 from torchsnapshot.values import Branch, Lowering, NotPlain, Special
 
 _MAX_KEY_NCHARS = 1024
@@ -201,8 +201,8 @@ def inflate(
     Args:
         prefix: the path of the state's root in ``nodes``.
         nodes: the entries by path.
-        leaf: gives the restored tensor (wrapped as its entry says, or the target's own), decoded value or loaded
-            object of a path.
+        leaf: gives the restored tensor, decoded value or loaded object of a path. A tensor that is not the target's
+            own gets the wrapper that its entry names.
         target: the state that is restored into, or None. Composite tensors of the same make are written in place.
         resolve: gives classes by stored name; from ``target`` and torch's safe globals where None.
 
@@ -223,7 +223,10 @@ class _Inflating:
         if entry is None:
             raise FormatError(f"{path}: the snapshot has no such entry")
         if not isinstance(entry, ContainerEntry):
-            return self._leaf(path, entry)
+            value = self._leaf(path, entry)
+            if isinstance(entry, TensorEntry) and value is not target:
+                return wrap(value, entry.wrapper, entry.requires_grad)
+            return value
         context, keys = _context_of(path, entry, self._resolve)
         inner = [self.at(child, child_of(target, key)) for child, key in zip(children(path, entry), keys, strict=True)]
         try:

@@ -1,7 +1,7 @@
 """What this process remembers of the snapshot that it last took or restored in each store.
 
-What lives here: the digests and cells by path that a take compares live memory with, and the commit time it must
-exceed. What doesn't: which blobs may be reused (``store.known`` decides, by evidence).
+What lives here: the digests and cells by path that a take compares live memory with. What doesn't: which blobs may be
+reused (``store.known`` decides, by evidence).
 
 Invariant: everything here is a hint. A wrong or missing memory costs a copy, never content: a digest from here is
 only ever compared with a digest of bytes that are read now. Memory is keyed by (path, chunk), never by a tensor's
@@ -11,69 +11,82 @@ identity, address or version counter: ``state_dict()`` may return fresh tensors 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
-from torchsnapshot.entries import OpaqueEntry, StoredManifest, TensorEntry, ValueEntry
-from torchsnapshot.plan import TakePlan
+from torchsnapshot.entries import ContainerEntry, Entry, StoredManifest, TensorEntry, spans_of
+from torchsnapshot.plan import Leaf, TakePlan
 
 _NOTHING: frozenset[int] = frozenset()
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What stood at one path: its tensor's cell, the digests of its chunks, and which of them had changed."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    cell: tuple[int, ...]
+    digests: Sequence[bytes]
+    changed: frozenset[int] = _NOTHING
+
+
 class Remembered:
-    """The snapshot that this process last took or restored, as ``plan.Previous`` wants it."""
+    """The snapshot that this process last took or restored, as ``plan.Previous`` wants it.
 
-    def __init__(
-        self, manifest: StoredManifest | None, rank: int = 0, changed: Mapping[str, frozenset[int]] | None = None
-    ) -> None:
-        self._manifest = manifest
-        self._rank = rank
-        self._changed = changed or {}
+    Args:
+        take_id: its take id, None for nothing.
+        places: makes what stood at each path; called when it is first needed.
+    """
 
-    @property
-    def take_id(self) -> str | None:
-        """The take id of the remembered snapshot."""
-        return None if self._manifest is None else self._manifest.head.take_id
+    def __init__(self, take_id: str | None = None, places: Callable[[], Mapping[str, Place]] = dict) -> None:
+        self.take_id = take_id
+        self._make_places: Callable[[], Mapping[str, Place]] | None = places
+        self._places: Mapping[str, Place] = {}
 
-    def cell(self, path: str, dtype: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-        """The cell that the remembered manifest uses for this tensor."""
-        entry = self._entry(path)
-        if isinstance(entry, TensorEntry) and entry.dtype == dtype and entry.shape == shape:
-            return entry.cell
-        return None
-
-    def digests(self, path: str, num_chunks: int) -> Sequence[bytes] | None:
-        """The digests stored at this path, if there are exactly that many."""
-        entry = self._entry(path)
-        if isinstance(entry, TensorEntry) and len(entry.shards) == 1:
-            span = entry.shards[0].span
-        elif isinstance(entry, (ValueEntry, OpaqueEntry)) and entry.span is not None:
-            span = entry.span
-        else:
-            return None
-        if span.count != num_chunks or self._manifest is None:
-            return None
-        return self._manifest.digests(span)
-
-    def changed(self, path: str) -> frozenset[int]:
-        """Which chunks of the path the last take found changed."""
-        return self._changed.get(path, _NOTHING)
-
-    def _entry(self, path: str) -> object:
-        return None if self._manifest is None else self._manifest.entries.get(f"{self._rank}/{path}")
-
-
-def changed_chunks(plan: TakePlan) -> dict[str, frozenset[int]]:
-    """Which chunks of a finished take differ from what was remembered before it, by path."""
-    changed = {}
-    for leaf in plan.leaves:
-        indices = frozenset(
-            index
-            for index, chunk in enumerate(leaf.chunks)
-            if chunk.previous is not None and chunk.ref is not None and chunk.ref.digest != chunk.previous
+    @classmethod
+    def of_manifest(cls, manifest: StoredManifest, rank: int = 0) -> Remembered:
+        """What a manifest that was read says about the places of one rank."""
+        prefix = f"{rank}/"
+        return cls(
+            manifest.head.take_id,
+            lambda: {
+                path[len(prefix) :]: _place_of_entry(manifest, entry)
+                for path, entry in manifest.entries.items()
+                if path.startswith(prefix) and not isinstance(entry, ContainerEntry)
+            },
         )
-        if indices:
-            changed[leaf.path] = indices
-    return changed
+
+    @classmethod
+    def of_plan(cls, take_id: str, plan: TakePlan) -> Remembered:
+        """What a take that was just committed knows itself, without reading its manifest back."""
+        places = {leaf.path: _place_of_leaf(leaf) for leaf in plan.leaves if leaf.chunks}
+        return cls(take_id, lambda: places)
+
+    def at(self, path: str) -> Place | None:
+        """What stood at a path."""
+        if self._make_places is not None:
+            self._places, self._make_places = self._make_places(), None
+        return self._places.get(path)
+
+
+def _place_of_entry(manifest: StoredManifest, entry: Entry) -> Place:
+    digests = [digest for span in spans_of(entry) for digest in manifest.digests(span)]
+    if isinstance(entry, TensorEntry):
+        return Place(entry.dtype, entry.shape, entry.cell, digests)
+    return Place("", (), (), digests)
+
+
+def _place_of_leaf(leaf: Leaf) -> Place:
+    changed = frozenset(
+        index
+        for index, chunk in enumerate(leaf.chunks)
+        if chunk.previous is not None and chunk.ref is not None and chunk.ref.digest != chunk.previous
+    )
+    digests = [chunk.ref.digest for chunk in leaf.chunks if chunk.ref is not None]
+    if leaf.view is None:
+        return Place("", (), (), digests, changed)
+    return Place(leaf.view.dtype, leaf.view.shape, leaf.cell, digests, changed)
 
 
 _remembered: dict[str, Remembered] = {}
@@ -81,7 +94,7 @@ _remembered: dict[str, Remembered] = {}
 
 def recall(store_id: str) -> Remembered:
     """What this process remembers for the store; empty at first."""
-    return _remembered.get(store_id) or Remembered(None)
+    return _remembered.get(store_id) or Remembered()
 
 
 def remember(store_id: str, remembered: Remembered) -> None:

@@ -84,7 +84,10 @@ class HostView:
         nbytes = self._check(box, into)
         if not nbytes:
             return
-        start = contiguous_offset(box, self._dims) if self._contiguous else None
+        if nbytes == self.nbytes and self._contiguous:
+            start: int | None = 0
+        else:
+            start = contiguous_offset(box, self._dims) if self._contiguous else None
         if start is None:
             self._copy_out(box, into)
         else:

@@ -114,17 +114,35 @@ class TakePlan:
             yield from leaf.chunks
 
 
+class Place(Protocol):
+    """What stood at one path when the state was last taken or restored."""
+
+    @property
+    def dtype(self) -> str:
+        """The tensor's dtype by name."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The tensor's shape."""
+
+    @property
+    def cell(self) -> tuple[int, ...]:
+        """The cell that it was cut on."""
+
+    @property
+    def digests(self) -> Sequence[bytes]:
+        """The digests of its chunks."""
+
+    @property
+    def changed(self) -> frozenset[int]:
+        """Which chunks the last take found changed."""
+
+
 class Previous(Protocol):
     """What the process remembers of the last take or restore, by path. A hint: it decides no content."""
 
-    def cell(self, path: str, dtype: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-        """The cell that the newest manifest uses for this tensor."""
-
-    def digests(self, path: str, num_chunks: int) -> Sequence[bytes] | None:
-        """The digests stored at this path, if there are exactly that many."""
-
-    def changed(self, path: str) -> frozenset[int]:
-        """Which chunks of the path the last take found changed."""
+    def at(self, path: str) -> Place | None:
+        """What stood at the path, if anything did."""
 
 
 def plan_take(nodes: Mapping[str, Node], previous: Previous, chunk_nbytes: int, small_nbytes: int) -> TakePlan:
@@ -166,9 +184,10 @@ def _plan_tensor(path: str, node: TensorLeaf, previous: Previous, chunk_nbytes: 
         cell = grid.choose_cell(view.memory_shape, view.memory_shape, view.itemsize, chunk_nbytes)
         return Leaf(path, node, view, cell, [], bytes(data))
     box = grid.whole(view.memory_shape)
-    kept = previous.cell(path, view.dtype, view.shape)
+    place = previous.at(path)
+    kept = place.cell if place is not None and (place.dtype, place.shape) == (view.dtype, view.shape) else None
     cell = grid.cell_for(view.memory_shape, [box], view.itemsize, chunk_nbytes, kept)
-    return Leaf(path, node, view, cell, _cut(path, view, box, cell, view.itemsize, previous))
+    return Leaf(path, node, view, cell, _cut(path, view, box, cell, view.itemsize, place))
 
 
 def _plan_bytes(path: str, node: ValueLeaf | OpaqueLeaf, previous: Previous, chunk_nbytes: int) -> Leaf:
@@ -176,18 +195,18 @@ def _plan_bytes(path: str, node: ValueLeaf | OpaqueLeaf, previous: Previous, chu
         return Leaf(path, node, inline=node.data)
     box = grid.whole((len(node.data),))
     cell = grid.choose_cell(box.sizes, box.sizes, 1, chunk_nbytes)
-    return Leaf(path, node, None, cell, _cut(path, BytesSource(node.data), box, cell, 1, previous))
+    return Leaf(path, node, None, cell, _cut(path, BytesSource(node.data), box, cell, 1, previous.at(path)))
 
 
-def _cut(path: str, source: Source, box: Box, cell: tuple[int, ...], width: int, previous: Previous) -> list[Chunk]:
+def _cut(
+    path: str, source: Source, box: Box, cell: tuple[int, ...], width: int, place: Place | None
+) -> list[Chunk]:
     pieces = grid.cut(box, cell, width)
-    digests = previous.digests(path, len(pieces))
-    if digests is None:
+    if place is None or len(place.digests) != len(pieces):
         return [Chunk(path, source, piece, width, None) for piece in pieces]
-    changed = previous.changed(path)
     return [
-        Chunk(path, source, piece, width, digest, index in changed)
-        for index, (piece, digest) in enumerate(zip(pieces, digests, strict=True))
+        Chunk(path, source, piece, width, digest, index in place.changed)
+        for index, (piece, digest) in enumerate(zip(pieces, place.digests, strict=True))
     ]
 
 

@@ -119,7 +119,7 @@ def _restore_whole(
             _load(key, statefuls[key], part.build(), options.strict)
     if refused:
         raise PickleRefusedError(refusal(refused, list(wanted)))
-    history.remember(opened.repository.store_id, history.Remembered(manifest))
+    history.remember(opened.repository.store_id, history.Remembered.of_manifest(manifest))
 
 
 def _restore_part(

@@ -14,7 +14,7 @@ import torch
 from torch.distributed import ProcessGroup
 
 from torchsnapshot import background, knobs
-from torchsnapshot.app_state import PrepareTensor, check_app_state, read_state
+from torchsnapshot.app_state import PrepareTensor, check_app_state
 from torchsnapshot.chunks import Encoding
 from torchsnapshot.errors import SnapshotError, SnapshotNotFoundError
 from torchsnapshot.event_handlers import logged_action
@@ -27,9 +27,9 @@ from torchsnapshot.store.backend import StorageOptions
 from torchsnapshot.store.check import Problem
 from torchsnapshot.store.envelope import Head
 from torchsnapshot.store.keys import SIGNPOST
-from torchsnapshot.store.locate import open_root, place_for_take
+from torchsnapshot.store.locate import open_root
 from torchsnapshot.store.repository import Repository, SnapshotInfo
-from torchsnapshot.take import Take, check_options
+from torchsnapshot.take import TakeOptions, prepare_take
 from torchsnapshot.verify import Depth, verify_snapshot
 
 logger = logging.getLogger(__name__)
@@ -109,17 +109,9 @@ class Snapshot:
         in_flight = _wait_or_skip(busy)
         if in_flight is not None:
             return cls(in_flight.path, pg, storage_options)
+        options = TakeOptions(replicated, storage_options, _custom_tensor_prepare_func, encoding, store, user_metadata)
         with logged_action("take"):
-            take, nodes = cls._prepare(
-                path,
-                app_state,
-                replicated,
-                storage_options,
-                _custom_tensor_prepare_func,
-                encoding,
-                store,
-                user_metadata,
-            )
+            take, nodes = prepare_take(path, check_app_state(app_state), options)
             with take:
                 take.begin(nodes, in_background=False)
                 opened = take.commit()
@@ -148,17 +140,9 @@ class Snapshot:
         in_flight = _wait_or_skip(busy)
         if in_flight is not None:
             return in_flight
+        options = TakeOptions(replicated, storage_options, _custom_tensor_prepare_func, encoding, store, user_metadata)
         with logged_action("async_take"):
-            take, nodes = cls._prepare(
-                path,
-                app_state,
-                replicated,
-                storage_options,
-                _custom_tensor_prepare_func,
-                encoding,
-                store,
-                user_metadata,
-            )
+            take, nodes = prepare_take(path, check_app_state(app_state), options)
             try:
                 take.begin(nodes, in_background=True)
             except BaseException:
@@ -173,28 +157,6 @@ class Snapshot:
         pending = PendingSnapshot(path, pg, take.stats, background.Task(finish, f"async_take of {path}"))
         _in_flight.append(pending)
         return pending
-
-    @staticmethod
-    def _prepare(
-        path: str,
-        app_state: Mapping[str, Any],
-        replicated: Sequence[str] | None,
-        storage_options: StorageOptions | None,
-        prepare: PrepareTensor | None,
-        encoding: Encoding,
-        store: str | None,
-        user_metadata: Mapping[str, Any] | None,
-    ) -> tuple[Take, Mapping[str, Any]]:
-        """Check the arguments, read the state, open the store: all that can fail before anything is written."""
-        statefuls = check_app_state(app_state)
-        check_options(encoding, replicated, user_metadata)
-        stats = Stats()
-        with stats.phase("state_dict"):
-            nodes = read_state(statefuls, prepare, _log_opaque)
-        with stats.phase("open"):
-            place = place_for_take(path, store, storage_options)
-            repository = Repository.create_or_open(place.backend, chunk_nbytes=knobs.get_chunk_size_bytes())
-        return Take(repository, place.name, encoding, dict(user_metadata or {}), stats), nodes
 
     @classmethod
     def _of(
@@ -420,12 +382,3 @@ def _wait_or_skip(busy: Busy) -> PendingSnapshot | None:
         for pending in _in_flight:
             pending._task.wait_ended()
     return None
-
-
-def _log_opaque(path: str, type_name: str) -> None:
-    logger.info(
-        "%s: a %s can only be stored as a pickle; restoring it needs allow_pickle=True. Plain values and objects "
-        "with state_dict() need none.",
-        path,
-        type_name,
-    )

@@ -14,39 +14,67 @@ from types import TracebackType
 from typing import Any, get_args
 
 from torchsnapshot import history, knobs
+from torchsnapshot.app_state import PrepareTensor, read_state
 from torchsnapshot.chunks import ChunkWriter, Encoding
 from torchsnapshot.engine import Mode, Run, submit
 from torchsnapshot.entries import MAX_INLINE_NBYTES, USER_METADATA, StoredManifest, ValueEntry, pack_entries
 from torchsnapshot.flatten import Node
 from torchsnapshot.opening import Opened
 from torchsnapshot.plan import SMALL_CHUNK_NBYTES, TakePlan, build_entries, plan_take
+from torchsnapshot.stateful import Stateful
 from torchsnapshot.stats import Stats
+from torchsnapshot.store.backend import StorageOptions
 from torchsnapshot.store.envelope import Head, pack_manifest, user_metadata_fits
 from torchsnapshot.store.known import Known, known_for_take
 from torchsnapshot.store.leases import TakeSession, start_take
+from torchsnapshot.store.locate import place_for_take
 from torchsnapshot.store.repository import Repository
 from torchsnapshot.take_jobs import ChunkJob, GroupJob, PackLiveness
 from torchsnapshot.values import encode
 from torchsnapshot.version import __version__
 
 
-def check_options(encoding: str, replicated: Sequence[str] | None, user_metadata: Mapping[str, Any] | None) -> None:
-    """Refuse options that make no sense, before anything is read or written.
+@dataclass(frozen=True, slots=True)
+class TakeOptions:
+    """What ``Snapshot.take`` was asked to do beyond the state itself; checked when it is made.
 
     Raises:
-        ValueError: an unknown encoding.
+        ValueError: an unknown encoding, or user metadata that is too large.
         TypeError: ``replicated`` is not a list of globs, or ``user_metadata`` no dict with str keys.
     """
-    if encoding not in get_args(Encoding):
-        raise ValueError(f"encoding={encoding!r}: allowed are {', '.join(map(repr, get_args(Encoding)))}")
-    if replicated is not None and (isinstance(replicated, str) or not all(isinstance(g, str) for g in replicated)):
-        raise TypeError(f"replicated must be a list of globs, got {replicated!r}")
-    # whoever is not checked by mypy may pass anything
-    metadata: Any = user_metadata
-    if metadata is not None and not (isinstance(metadata, Mapping) and all(isinstance(key, str) for key in metadata)):
-        raise TypeError(f"user_metadata must be a dict with str keys, got {user_metadata!r}")
-    if user_metadata and len(encode(dict(user_metadata))) > MAX_INLINE_NBYTES:
-        raise ValueError(f"user_metadata is larger than {MAX_INLINE_NBYTES} bytes; put it into app_state as a dict")
+
+    replicated: Sequence[str] | None = None
+    storage_options: StorageOptions | None = None
+    prepare: PrepareTensor | None = None
+    encoding: Encoding = "auto"
+    store: str | None = None
+    user_metadata: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.encoding not in get_args(Encoding):
+            raise ValueError(f"encoding={self.encoding!r}: allowed are {', '.join(map(repr, get_args(Encoding)))}")
+        # whoever is not checked by mypy may pass anything
+        globs: Any = self.replicated
+        if globs is not None and (isinstance(globs, str) or not all(isinstance(glob, str) for glob in globs)):
+            raise TypeError(f"replicated must be a list of globs, got {globs!r}")
+        metadata: Any = self.user_metadata
+        if metadata is None:
+            return
+        if not isinstance(metadata, Mapping) or not all(isinstance(key, str) for key in metadata):
+            raise TypeError(f"user_metadata must be a dict with str keys, got {metadata!r}")
+        if len(encode(dict(metadata))) > MAX_INLINE_NBYTES:
+            raise ValueError(f"user_metadata is larger than {MAX_INLINE_NBYTES} bytes; put it into app_state as a dict")
+
+
+def prepare_take(path: str, statefuls: Mapping[str, Stateful], options: TakeOptions) -> tuple[Take, dict[str, Node]]:
+    """Read the state and open the store: all that can fail before anything is written."""
+    stats = Stats()
+    with stats.phase("state_dict"):
+        nodes = read_state(statefuls, options.prepare)
+    with stats.phase("open"):
+        place = place_for_take(path, options.store, options.storage_options)
+        repository = Repository.create_or_open(place.backend, chunk_nbytes=knobs.get_chunk_size_bytes())
+    return Take(repository, place.name, options, stats), nodes
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +92,11 @@ class _Work:
 class Take:
     """One take of one process, from the flattened state to the commit. A context: leaving it drops the lease."""
 
-    def __init__(
-        self, repository: Repository, name: str, encoding: Encoding, user_metadata: dict[str, Any], stats: Stats
-    ) -> None:
+    def __init__(self, repository: Repository, name: str, options: TakeOptions, stats: Stats) -> None:
         self.repository = repository
         self.name = name
         self.stats = stats
-        self._encoding = encoding
-        self._user_metadata = user_metadata
+        self._options = options
         self._session: TakeSession | None = None
         self._run: Run | None = None
         self._work: _Work | None = None
@@ -93,11 +118,11 @@ class Take:
             previous = parent
             if parent.take_id is None and known.newest is not None:
                 # a process without a memory of its own compares with the newest manifest of the store
-                previous = history.Remembered(StoredManifest(known.newest, repository.read_table))
+                previous = history.Remembered.of_manifest(StoredManifest(known.newest, repository.read_table))
             chunk_nbytes = knobs.get_chunk_size_bytes(repository.chunk_nbytes)
             small_nbytes = 0 if knobs.is_batching_disabled() else min(SMALL_CHUNK_NBYTES, chunk_nbytes)
             plan = plan_take(nodes, previous, chunk_nbytes, small_nbytes)
-            writer = ChunkWriter(repository, session.take_id, 0, self._encoding)
+            writer = ChunkWriter(repository, session.take_id, 0, self._options.encoding)
             liveness = PackLiveness(plan.groups, known)
         jobs: list[ChunkJob | GroupJob] = [GroupJob(group, known, writer, liveness) for group in plan.groups]
         jobs.extend(ChunkJob(chunk, known, writer) for chunk in plan.large)
@@ -131,9 +156,7 @@ class Take:
             ref = work.session.commit(data)
         work.known.learn(work.writer.refs)
         manifest = StoredManifest(data, self.repository.read_table)
-        history.remember(
-            self.repository.store_id, history.Remembered(manifest, changed=history.changed_chunks(work.plan))
-        )
+        history.remember(self.repository.store_id, history.Remembered.of_plan(work.session.take_id, work.plan))
         return Opened(self.repository, self.name, ref, manifest)
 
     def _manifest(self, work: _Work) -> bytes:
@@ -146,7 +169,7 @@ class Take:
         stats.reused_nbytes = sum(chunk.nbytes for chunk in work.plan.chunks()) - stats.new_nbytes
         stats.stored_nbytes, stats.num_blobs = work.writer.stored_nbytes, work.writer.num_blobs
         entries, table = build_entries(work.plan, rank=0)
-        user_metadata = self._user_metadata
+        user_metadata = dict(self._options.user_metadata or {})
         if not user_metadata_fits(user_metadata):
             data = encode(user_metadata)
             entries[f"0/{USER_METADATA}"] = ValueEntry(data, None, len(data))

@@ -69,21 +69,22 @@ def why_unreadable(tensor: torch.Tensor) -> str | None:
         return "it is a tensor subclass that this version cannot store; convert it to a plain tensor"
     if tensor.layout is not torch.strided or tensor.is_nested:
         return f"tensors of layout {'nested' if tensor.is_nested else tensor.layout} cannot be stored; make it dense"
-    if tensor.device.type == "meta":
+    if tensor.is_meta:
         return "it is on the meta device and has no data; materialize it, or leave it out of the state"
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return "it belongs to a function transform that is still running; take the snapshot outside of it"
     if tensor.dtype not in dtypes._NAMES:
         return f"its dtype {tensor.dtype} is not in this version's table"
-    reach = tensor.storage_offset() + element_span(tensor.shape, tensor.stride())
-    if tensor.numel() and tensor.untyped_storage().nbytes() < reach * tensor.element_size():
+    numel = tensor.numel()
+    reach = numel if tensor.is_contiguous() else element_span(tensor.shape, tensor.stride())
+    if numel and tensor.untyped_storage().nbytes() < (tensor.storage_offset() + reach) * tensor.itemsize:
         return "its memory has been freed (a sharded parameter between steps?); take the full or sharded state dict"
     return None
 
 
 def wrapper_of(tensor: torch.Tensor) -> str:
     """What a tensor is wrapped in: ``"parameter"``, ``"buffer"`` or ``"tensor"``."""
-    if isinstance(tensor, torch.nn.Parameter):
+    if type(tensor) is torch.nn.Parameter:
         return "parameter"
     return "buffer" if getattr(tensor, "_is_buffer", False) else "tensor"
 
@@ -95,6 +96,8 @@ def wrap(tensor: Any, wrapper: str, requires_grad: bool) -> Any:
     # only these can require a gradient
     requires_grad = requires_grad and (tensor.is_floating_point() or tensor.is_complex())
     if wrapper == "parameter":
+        if type(tensor) is torch.nn.Parameter:
+            return tensor.requires_grad_(requires_grad)
         return torch.nn.Parameter(tensor, requires_grad)
     if wrapper == "buffer":
         tensor = torch.nn.Buffer(tensor)
@@ -170,8 +173,12 @@ def why_inconvertible(dtype: str, target: Any) -> str | None:
         plain = source.kind in "biufc" and target.dtype.kind in "biufc"
         loses = source.kind == "c" and target.dtype.kind != "c"
         return None if plain and not loses else f"{dtype} does not convert to {target.dtype}"
-    if dtype.startswith(dtypes.NUMPY_PREFIX) or dtypes.torch_dtype(dtype) == target.dtype:
-        return None if not dtype.startswith(dtypes.NUMPY_PREFIX) else f"torch has no dtype {dtype!r}"
+    if dtype.startswith(dtypes.NUMPY_PREFIX):
+        return f"torch has no dtype {dtype!r}"
+    if type(target) not in (torch.Tensor, torch.nn.Parameter) or target.layout is not torch.strided:
+        return f"{dtype} does not convert into a {type(target).__name__} of {target.dtype} and layout {target.layout}"
+    if dtypes.torch_dtype(dtype) == target.dtype:
+        return None
     source_dtype = dtypes.torch_dtype(dtype)
     if source_dtype.is_complex and not target.dtype.is_complex:
         return f"{dtype} would lose its imaginary part as {target.dtype}"

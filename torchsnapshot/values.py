@@ -49,6 +49,7 @@ from torchsnapshot.kinds import (
     safe_class,
     take_apart,
 )
+from torchsnapshot.store.bounded import check_lengths
 
 MAX_DEPTH = 100
 """How deep containers may be nested in a state; entries are allowed a little more."""
@@ -155,7 +156,7 @@ class Lowering:
     def _enum(self, value: Enum) -> Lowered | Special:
         return self._extension(_ENUM_CODE, [class_name(type(value)), value.value], value)
 
-    def _subclass(self, base: Any, value: Any) -> Lowered | Special:
+    def _subclass(self, value: Any, base: Any) -> Lowered | Special:
         attributes = attributes_of(value, base)
         if isinstance(attributes, str):
             return self._other(value, attributes)
@@ -275,19 +276,11 @@ def _handler(kind: type) -> _Handler:
         return Lowering._enum
     for base in CONTAINER_BASES:
         if issubclass(kind, base):
-            return functools.partial(_container_of, base)
+            return functools.partial(Lowering._container, base=base)
     for base in ATOM_BASES:
         if issubclass(kind, base):
-            return functools.partial(_subclass_of, base)
+            return functools.partial(Lowering._subclass, base=base)
     return Lowering._container if dataclasses.is_dataclass(kind) else Lowering._not_plain
-
-
-def _container_of(base: type, walk: Lowering, value: Any) -> Lowered | Special:
-    return walk._container(value, base)
-
-
-def _subclass_of(base: type, walk: Lowering, value: Any) -> Lowered | Special:
-    return walk._subclass(base, value)
 
 
 def pack(lowered: Lowered) -> bytes:
@@ -365,6 +358,8 @@ class _Building:
         }
 
     def unpack(self, data: bytes | memoryview) -> Any:
+        # msgpack allocates what a header asks for before it looks whether the bytes are there
+        check_lengths(data, "a stored value")
         if self._depth < _MAX_ONE_SHOT_DEPTH:
             return msgpack.unpackb(data, **self._options)
         unpacker = msgpack.Unpacker(max_buffer_size=len(data), **self._options)

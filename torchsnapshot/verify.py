@@ -97,11 +97,11 @@ class _Findings:
 
 
 class _CheckJob:
-    """Reads and proves one chunk."""
+    """Reads and proves one chunk, once for all snapshots that share it."""
 
-    def __init__(self, name: str, ref: ChunkRef, reader: ChunkReader, findings: _Findings) -> None:
+    def __init__(self, names: Iterable[str], ref: ChunkRef, reader: ChunkReader, findings: _Findings) -> None:
         self.nbytes = ref.nbytes
-        self._name = name
+        self._names = names
         self._ref = ref
         self._reader = reader
         self._findings = findings
@@ -109,18 +109,19 @@ class _CheckJob:
     def stage(self, buffer: Buffer | None) -> bool:
         """Do all of it; nothing is left to finish."""
         assert buffer is not None
-        problem: Problem | None = None
+        finding: tuple[str, str] | None = None
         try:
             self._reader.read_into(self._ref, buffer.memory(self.nbytes))
         except (CorruptionError, FormatError) as error:
-            problem = Problem("damaged", self._name, self._ref.key, str(error))
+            finding = ("damaged", str(error))
         except StoreError as error:
-            problem = Problem("unreadable", self._name, self._ref.key, str(error))
+            finding = ("unreadable", str(error))
         with self._findings.lock:
             self._findings.progress.advance(self._ref.stored_nbytes)
-            if problem is not None:
-                self._findings.problems.append(problem)
-                if problem.kind == "damaged":
+            if finding is not None:
+                kind, message = finding
+                self._findings.problems += [Problem(kind, name, self._ref.key, message) for name in self._names]
+                if kind == "damaged":
                     self._findings.damaged.add(self._ref.key)
         return False
 
@@ -134,10 +135,12 @@ def _check_bytes(
     findings = _Findings(progress)
     reader = ChunkReader(repository)
     with reading(repository, ""):
-        chunks = {(ref.key, ref.offset): (name, ref) for name, ref in _chunks(repository, names, findings)}
-        wanted = [(name, ref) for name, ref in chunks.values() if ref.key not in known_bad]
+        chunks: dict[tuple[str, int], tuple[dict[str, None], ChunkRef]] = {}
+        for name, ref in _chunks(repository, names, findings):
+            chunks.setdefault((ref.key, ref.offset), ({}, ref))[0][name] = None
+        wanted = [(sharing, ref) for sharing, ref in chunks.values() if ref.key not in known_bad]
         progress.start("reading chunks", sum(ref.stored_nbytes for _, ref in wanted))
-        jobs = [_CheckJob(name, ref, reader, findings) for name, ref in wanted]
+        jobs = [_CheckJob(sharing, ref, reader, findings) for sharing, ref in wanted]
         if jobs:
             num_workers = max(knobs.get_num_threads(), repository.backend.concurrency)
             submit(jobs, num_workers=num_workers, budget=knobs.get_memory_budget_bytes()).wait()

@@ -74,9 +74,8 @@ def run_verify(options: argparse.Namespace) -> int:
     else:
         for problem in result.problems:
             print(f"{problem.name or '.'}: {problem.kind}: {problem.message}")
-        print(
-            f"{plural(len(result.names), 'snapshot')} checked to the {options.depth}: {plural(len(result.problems), 'problem')}"
-        )
+        checked, found = plural(len(result.names), "snapshot"), plural(len(result.problems), "problem")
+        print(f"{checked} checked to the {options.depth}: {found}")
     return 1 if result.problems else 0
 
 

@@ -203,7 +203,7 @@ def run_diff(options: argparse.Namespace) -> int:
         ]
         if rows:
             print_table(("path", "change", ">chunks", ">bytes", "detail"), rows)
-        print(f"{plural(len(rows), 'path')} of {_leaves(after):,} differ, {readable_nbytes(new_nbytes)}")
+        print(f"{len(rows):,} of {plural(_leaves(after), 'path')} differ, {readable_nbytes(new_nbytes)}")
     return 1 if differences and options.exit_code else 0
 
 

@@ -109,6 +109,27 @@ def reading(what: str) -> Iterator[None]:
         raise FormatError(f"{what}: broken msgpack ({type(error).__name__}: {error})") from error
 
 
+def check_lengths(data: bytes | memoryview, what: str) -> None:
+    """Refuse msgpack whose headers claim more elements than there are bytes.
+
+    For who must leave the unpacking to msgpack: after this, ``msgpack.unpackb`` allocates in proportion to ``data``.
+    One quick pass that builds nothing. The payloads of extensions are bytes here; each needs a check of its own.
+
+    Args:
+        data: one object, and nothing behind it.
+        what: where it is, for messages.
+
+    Raises:
+        FormatError: it is not one sound object.
+    """
+    with reading(what):
+        unpacker: Any = msgpack.Unpacker(max_buffer_size=max(1, len(data)))
+        unpacker.feed(data)
+        unpacker.skip()
+        if unpacker.tell() != len(data):
+            raise FormatError(f"{what}: {len(data) - unpacker.tell()} bytes behind its end")
+
+
 class FieldReader:
     """Reads one field after another; each method says which kind it expects, and refuses any other.
 

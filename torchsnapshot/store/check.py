@@ -146,4 +146,6 @@ def _is_gone(repository: Repository, ref: ManifestRef) -> bool:
         repository.backend.stat(ref.object)
     except KeyAbsentError:
         return True
+    except SnapshotError:
+        pass  # in doubt it is there
     return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import os
 import threading
@@ -45,7 +46,7 @@ def open_files(url: str, options: StorageOptions, *, num_connections: int) -> Re
         CredentialsError: Google credentials were needed and not found.
     """
     protocol, separator, _ = url.partition("://")
-    if not separator or "::" in url:
+    if not protocol or not separator or "::" in url:
         raise UnknownProtocolError(f"{url}: not the URL of a store; chained filesystems (`a::b`) can't be one")
     try:
         if protocol in GCS_PROTOCOLS:
@@ -55,7 +56,7 @@ def open_files(url: str, options: StorageOptions, *, num_connections: int) -> Re
         package = _INSTALL.get(protocol)
         cure = f"pip install {package}" if package else "install the fsspec filesystem that speaks it"
         raise UnknownProtocolError(f"{url}: no filesystem for {protocol!r}: {error} ({cure})") from error
-    options = dict(options)
+    options = copy.deepcopy(options)  # clients change what they are given
     if protocol in S3_PROTOCOLS:
         config = dict(options.get("config_kwargs") or {})
         config.setdefault("max_pool_connections", num_connections)

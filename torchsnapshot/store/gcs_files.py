@@ -19,7 +19,7 @@ from urllib.parse import quote
 from torchsnapshot.errors import CredentialsError
 from torchsnapshot.store.backend import ObjectInfo
 from torchsnapshot.store.remote_errors import is_out_of_range
-from torchsnapshot.store.remote_files import Page, RemoteFiles, seconds
+from torchsnapshot.store.remote_files import CREATION, Page, RemoteFiles, seconds
 
 _LIST_PAGE = 1000
 
@@ -45,13 +45,17 @@ class GcsFiles(RemoteFiles):
         self._crc32c = _crc32c_function()
         self._upload_base = filesystem.base.removesuffix("storage/v1/") + "upload/storage/v1/"
 
-    def put(self, key: str, data: bytes, *, create: bool) -> None:
+    def put(self, key: str, data: bytes, *, creation: str | None = None) -> None:
         """See ``RemoteFiles.put``. One multipart upload, which the service refuses if the checksum differs."""
         name, checksum = self._checksum(data)
         boundary = os.urandom(16).hex()
-        metadata = json.dumps({"name": self._prefix + key, name: checksum})
+        metadata: dict[str, Any] = {"name": self._prefix + key, name: checksum}
+        condition = {}
+        if creation is not None:
+            metadata["metadata"] = {CREATION: creation}
+            condition["ifGenerationMatch"] = "0"
         head = (
-            f"--{boundary}\r\nContent-Type: application/json; charset=UTF-8\r\n\r\n{metadata}\r\n"
+            f"--{boundary}\r\nContent-Type: application/json; charset=UTF-8\r\n\r\n{json.dumps(metadata)}\r\n"
             f"--{boundary}\r\nContent-Type: application/octet-stream\r\n\r\n"
         )
         body = b"".join((head.encode(), data, f"\r\n--{boundary}--\r\n".encode()))
@@ -63,7 +67,7 @@ class GcsFiles(RemoteFiles):
                 headers={"Content-Type": f"multipart/related; boundary={boundary}"},
                 data=io.BytesIO(body),
                 json_out=True,
-                **({"ifGenerationMatch": "0"} if create else {}),
+                **condition,
             )
         except Exception as error:
             if "match calculated" in str(error):
@@ -71,6 +75,12 @@ class GcsFiles(RemoteFiles):
             raise
         if answer.get(name, checksum) != checksum:
             raise UploadChecksumError(f"{name} of what was stored is {answer[name]}, of what was sent {checksum}")
+
+    def creation_of(self, key: str) -> str | None:
+        """See ``RemoteFiles.creation_of``."""
+        found = self._fs.call("GET", "b/{}/o/{}", self._bucket, self._prefix + key, json_out=True)
+        token: str | None = found.get("metadata", {}).get(CREATION)
+        return token
 
     def _checksum(self, data: bytes) -> tuple[str, str]:
         """The name and the value of a checksum, as they stand in an object's metadata."""

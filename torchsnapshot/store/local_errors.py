@@ -27,12 +27,13 @@ _CURES: dict[int, str] = {
     errno.ENOTDIR: "a file stands where a folder is needed",
     errno.EISDIR: "a folder stands where a file is needed",
     errno.ELOOP: "a link, pipe or folder lies there instead of a file; links are not followed inside the store",
+    errno.ENXIO: "a socket or device lies there instead of a file",
     errno.ESTALE: "the file server lost its handle: try again",
     errno.ETIMEDOUT: "the file server does not answer: try again later",
 }
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REFUSED = (errno.EACCES, errno.EPERM)
-_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR)
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR, errno.ENXIO)
 _UNAVAILABLE = (errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH)
 
 

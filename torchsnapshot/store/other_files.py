@@ -21,10 +21,10 @@ class OtherFiles(RemoteFiles):
         self._fs = filesystem
         self._root = path.rstrip("/")
 
-    def put(self, key: str, data: bytes, *, create: bool) -> None:
+    def put(self, key: str, data: bytes, *, creation: str | None = None) -> None:
         """See ``RemoteFiles.put``. Conditional only by looking first."""
         path = self._full(key)
-        if create and self._fs.exists(path):
+        if creation is not None and self._fs.exists(path):
             raise FileExistsError(path)
         try:
             self._fs.pipe_file(path, data)

@@ -54,7 +54,7 @@ class FileWriter:
         pieces: list[memoryview] = [view[:whole]]
         if whole < view.nbytes:
             # The last page goes through a page of our own, so that no stranger's bytes reach the disk.
-            page = self._page.get()
+            page = self._page.memory
             tail_nbytes = view.nbytes - whole
             page[:tail_nbytes] = view[whole:]
             page[tail_nbytes:] = bytes(PAGE_NBYTES - tail_nbytes)
@@ -85,20 +85,13 @@ class FileWriter:
 
 
 class _BouncePage(threading.local):
-    """One page of memory per thread, aligned for direct I/O and excluded from forks."""
+    """One page of memory per thread, aligned for direct I/O.
+
+    Not excluded from forks: it is only written to disk, never filled from it, and nobody changes it meanwhile.
+    """
 
     def __init__(self) -> None:
-        self._owner = -1
-
-    def get(self) -> memoryview:
-        if self._owner != os.getpid():
-            # in a forked child the parent's page isn't mapped
-            page = mmap.mmap(-1, PAGE_NBYTES)
-            if hasattr(mmap, "MADV_DONTFORK"):
-                page.madvise(mmap.MADV_DONTFORK)
-            self._memory = memoryview(page)
-            self._owner = os.getpid()
-        return self._memory
+        self.memory = memoryview(mmap.mmap(-1, PAGE_NBYTES))
 
 
 def make_folder(path: str) -> None:

@@ -20,6 +20,7 @@ import xxhash
 import zstandard
 
 from torchsnapshot.errors import FormatError, NewerFormatError
+from torchsnapshot.store.bounded import check_lengths, is_plausible
 from torchsnapshot.store.keys import STORE_FOLDER, is_id, parse_blob_key
 from torchsnapshot.store.processes import Process
 
@@ -63,7 +64,9 @@ def _pack(kind: str, fields: Mapping[str, Any]) -> bytes:
     body = cast(bytes, msgpack.packb({"kind": kind, **fields}, unicode_errors=_NAMES))
     codec = b"\0"
     if len(body) >= _COMPRESS_FROM_NBYTES:
-        codec, body = b"\1", zstandard.ZstdCompressor(level=1).compress(body)
+        compressed = zstandard.ZstdCompressor(level=1).compress(body)
+        if is_plausible(len(compressed), len(body)):
+            codec, body = b"\1", compressed
     return _FRAME + codec + xxhash.xxh3_128_digest(codec + body) + body
 
 
@@ -89,6 +92,7 @@ class _Fields:
             body = self._decompress(body)
         elif codec != b"\0":
             raise NewerFormatError(f"this {self._kind} uses an unknown codec: upgrade the library")
+        check_lengths(body, f"unreadable {self._kind}")
         try:
             found = msgpack.unpackb(body, unicode_errors=_NAMES)
         except (ValueError, msgpack.UnpackException) as error:
@@ -101,7 +105,7 @@ class _Fields:
         try:
             # the library trusts the frame's own size over a limit that it is given, so the size is looked at first
             nbytes = zstandard.get_frame_parameters(body).content_size
-            if not 0 < nbytes <= MAX_BODY_NBYTES:
+            if not 0 < nbytes <= MAX_BODY_NBYTES or not is_plausible(len(body), nbytes):
                 raise self.error(f"its size of {nbytes} bytes is out of bounds")
             return zstandard.ZstdDecompressor().decompress(body)
         except zstandard.ZstdError as error:

@@ -6,7 +6,8 @@ doesn't: how a kind of filesystem is opened and spoken to (``filesystems``), wha
 Invariants:
 
 - There is one retry loop, this one; those of the clients below are switched off, so that the bound is what it says.
-- A conditional put whose reply was lost is settled by reading the object back: our bytes there = our put happened.
+- A conditional put leaves a token with the object. "Taken" may mean that it was ours and only the reply was lost (the
+  HTTP client below sends a PUT again when a kept connection breaks): the token tells.
 - After a fork the child opens connections of its own.
 """
 
@@ -83,19 +84,17 @@ class RemoteBackend(Backend):
 
     def put(self, key: str, data: Buffer, *, if_absent: bool = False, aligned: bool = False) -> None:
         """See ``Backend.put``."""
-        check_key(key)
+        self._check(key)
         content = data if isinstance(data, bytes) else bytes(data)
-        num_tries = 0
+        token = os.urandom(16).hex() if if_absent else None
 
         def put_once() -> None:
-            nonlocal num_tries
-            num_tries += 1
             try:
-                self._files.put(key, content, create=if_absent)
+                self._files.put(key, content, creation=token)
             except Exception as error:
-                if not (if_absent and is_taken(error)):
+                if token is None or not is_taken(error):
                     raise
-                if num_tries == 1 or self._files.get(key, 0, None) != content:
+                if self._files.creation_of(key) != token:
                     raise KeyExistsError(f"{self.url}: key {key!r} is taken already") from error
 
         try:
@@ -127,7 +126,7 @@ class RemoteBackend(Backend):
         view[:] = self.read(key, start, view.nbytes)
 
     def _get(self, key: str, start: int, nbytes: int | None) -> bytes:
-        check_key(key)
+        self._check(key)
         if nbytes == 0:
             self.stat(key)
             return b""
@@ -140,7 +139,7 @@ class RemoteBackend(Backend):
 
     def stat(self, key: str) -> ObjectInfo:
         """See ``Backend.stat``."""
-        check_key(key)
+        self._check(key)
         return self._call_for("stat", key, lambda: self._files.info(key))
 
     # ---- listing
@@ -188,7 +187,7 @@ class RemoteBackend(Backend):
 
     def delete(self, keys: Iterable[str]) -> dict[str, Exception]:
         """See ``Backend.delete``."""
-        todo = [check_key(key) for key in keys]
+        todo = [self._check(key) for key in keys]
         size = self._files.delete_batch
         batches = [todo[first : first + size] for first in range(0, len(todo), size)]
         num_threads = self.concurrency if len(batches) > _SEQUENTIAL_DELETES else 1
@@ -208,7 +207,7 @@ class RemoteBackend(Backend):
             again = tuple(key for key in todo if key in failed and is_transient(failed[key]))
             failures.update((key, error) for key, error in failed.items() if key not in again)
             if not again:
-                return failures
+                break
             if attempt + 1 == self._retry.attempts:
                 failures.update((key, failed[key]) for key in again)
                 break
@@ -221,6 +220,13 @@ class RemoteBackend(Backend):
         self.put(key, self.read(key))
 
     # ---- requests
+
+    def _check(self, key: str) -> str:
+        check_key(key)
+        for part in self._files.forbidden:
+            if part in key:
+                raise ValueError(f"{self.url}: {key!r} must not contain {part!r} on this kind of store")
+        return key
 
     @property
     def _files(self) -> RemoteFiles:

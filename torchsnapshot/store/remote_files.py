@@ -18,6 +18,9 @@ from datetime import datetime, timezone
 
 from torchsnapshot.store.backend import ObjectInfo
 
+CREATION = "torchsnapshot-creation"
+"""The name of the metadata that holds a conditional put's token."""
+
 
 @dataclass(frozen=True, slots=True)
 class Page:
@@ -37,9 +40,16 @@ class RemoteFiles(ABC):
     delete_batch = 1
     """How many keys one ``delete`` takes."""
 
+    forbidden: tuple[str, ...] = ()
+    """What no key may contain, because the filesystem would read something else into it."""
+
     @abstractmethod
-    def put(self, key: str, data: bytes, *, create: bool) -> None:
-        """Store ``data``; with ``create``, ``FileExistsError`` where the key is taken."""
+    def put(self, key: str, data: bytes, *, creation: str | None = None) -> None:
+        """Store ``data``. With ``creation``, a token that is kept with the object: an error where the key is taken."""
+
+    def creation_of(self, key: str) -> str | None:
+        """The token that the object was created with, if any."""
+        return None
 
     @abstractmethod
     def get(self, key: str, start: int, end: int | None) -> bytes:

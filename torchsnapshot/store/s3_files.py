@@ -12,23 +12,30 @@ from typing import Any
 from torchsnapshot.errors import StoreError
 from torchsnapshot.store.backend import ObjectInfo
 from torchsnapshot.store.remote_errors import is_out_of_range
-from torchsnapshot.store.remote_files import Page, RemoteFiles
+from torchsnapshot.store.remote_files import CREATION, Page, RemoteFiles
 
 
 class S3Files(RemoteFiles):
     """S3 and what speaks its protocol, through s3fs."""
 
     delete_batch = 1000
+    forbidden = ("?versionId=",)  # s3fs takes what follows for a version
 
     def __init__(self, filesystem: Any, path: str) -> None:
         self._fs = filesystem
         self._bucket, _, prefix = path.strip("/").partition("/")
         self._prefix = f"{prefix}/" if prefix else ""
 
-    def put(self, key: str, data: bytes, *, create: bool) -> None:
+    def put(self, key: str, data: bytes, *, creation: str | None = None) -> None:
         """See ``RemoteFiles.put``. One PUT, checked by the checksum that botocore adds (or Content-MD5)."""
-        condition = {"IfNoneMatch": "*"} if create else {}
+        condition = {"IfNoneMatch": "*", "Metadata": {CREATION: creation}} if creation is not None else {}
         self._fs.call_s3("put_object", Bucket=self._bucket, Key=self._full(key), Body=data, **condition)
+
+    def creation_of(self, key: str) -> str | None:
+        """See ``RemoteFiles.creation_of``."""
+        head = self._fs.call_s3("head_object", Bucket=self._bucket, Key=self._full(key))
+        found: str | None = head.get("Metadata", {}).get(CREATION)
+        return found
 
     def get(self, key: str, start: int, end: int | None) -> bytes:
         """See ``RemoteFiles.get``."""
@@ -98,8 +105,6 @@ class S3Files(RemoteFiles):
         self._fs.call_s3("list_objects_v2", Bucket=self._bucket, Prefix=self._prefix, MaxKeys=1)
 
     def _full(self, key: str) -> str:
-        if "?versionId=" in key:
-            raise ValueError(f"{key!r}: S3 paths must not contain '?versionId=': s3fs takes what follows for a version")
         return self._prefix + key
 
 
