@@ -24,8 +24,9 @@ test: $(VENV)/.installed-test ## run all tests
 bench: $(VENV)/.installed ## the README's table: take and restore of about 1 GB, beside torch.save
 	$(BIN)/python benchmarks/main_job.py
 
-lint: $(VENV)/.installed-lint ## ruff: the rules of the code
+lint: $(VENV)/.installed-lint ## ruff: the rules of the code and its format
 	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
 
 typecheck: $(VENV)/.installed-lint ## mypy, strict
 	$(BIN)/mypy

@@ -218,7 +218,7 @@ COLUMNS = ("torchsnapshot", "torch.save", "bare disk")
 
 def print_table(clock: Clock) -> None:
     """The table as Markdown, so that it can stand in the README as it is."""
-    print("| | torchsnapshot | bytes | torch.save | bytes | ratio | bare disk |")
+    print("| | torchsnapshot | new bytes | torch.save | bytes | ratio | bare disk |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for row in dict.fromkeys(row for row, _ in clock.seconds):
         ours, theirs = clock.median(row, "torchsnapshot"), clock.median(row, "torch.save")

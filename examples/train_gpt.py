@@ -212,7 +212,8 @@ def train(run: Run, steps: int, root: Path, history: History) -> None:
 
 def report(phase: str, step: int, loss: float, stalled: float, taken: torchsnapshot.PendingSnapshot) -> None:
     """Wait for the snapshot and print its row: ``stalled`` is how long training stood still for it."""
-    stats = taken.wait().stats
+    taken.wait()
+    stats = taken.stats
     print(
         f"{phase:<9} {step:>5} {loss:>7.4f} {readable(stats.state_nbytes):>10} {readable(stats.new_nbytes):>10}"
         f" {readable(stats.stored_nbytes):>10} {stalled * 1e3:>6.0f} ms {sum(stats.seconds.values()):>6.2f} s",

@@ -143,6 +143,7 @@ class TestPool:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_fork_has_a_pool_of_its_own() -> None:
     """A child's pool is empty, what it inherited refuses to be used, and dropping that unmaps nothing."""
     lent = shared_pool().acquire(1 << 20)

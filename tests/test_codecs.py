@@ -185,6 +185,7 @@ class TestRoundTrip:
                 assert bytes(room[nbytes:]) == b"\xaa" * (room.nbytes - nbytes)
 
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+    @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
     def test_child_makes_its_own_scratch(self) -> None:
         """A forked child does not touch scratch memory of its parent, which is not mapped there."""
         raw = memory_of(content("floats", 100_000, seed=1))

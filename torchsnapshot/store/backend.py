@@ -84,7 +84,7 @@ class Backend(ABC):
             if_absent: raise ``KeyExistsError`` if the key is taken. Only honest where the service honours
                 conditional writes; the protocol never depends on it.
             aligned: the caller promises that ``data`` begins on a ``PAGE_NBYTES`` boundary of memory that is excluded
-                from forks, and that the memory up to the next boundary behind its end may be read: direct I/O may be used.
+                from forks: direct I/O may be used.
 
         Raises:
             KeyExistsError, StoreFullError, ReadOnlyError, StoreError.
@@ -118,9 +118,9 @@ class Backend(ABC):
 
     @abstractmethod
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """Every object below the folder ``prefix`` (``""`` = all), at any depth, in no order. An absent folder is empty.
+        """Every object below the folder ``prefix`` (``""`` = all), at any depth, in no order.
 
-        A listing that fails or is cut short raises; it never just ends.
+        An absent folder is empty. A listing that fails or is cut short raises; it never just ends.
         """
 
     @abstractmethod
@@ -129,33 +129,37 @@ class Backend(ABC):
 
     @abstractmethod
     def delete(self, keys: Iterable[str]) -> dict[str, Exception]:
-        """Delete objects; an absent one counts as deleted. Returns the keys that could not be deleted, with the reason."""
+        """Delete objects; an absent one counts as deleted. Returns those that could not be deleted, with the reason."""
 
     @abstractmethod
     def touch(self, key: str) -> None:
         """Renew the object's modification time by the store's clock. Raises ``KeyAbsentError``."""
 
-    def remove_empty_folders(self, prefix: str) -> None:
+    def remove_empty_folders(self, prefix: str) -> None:  # noqa: B027 (object stores have nothing to do)
         """Remove the folder ``prefix`` and those below it where nothing is left in them; object stores have none."""
 
     def folder_identity(self, prefix: str) -> FolderIdentity | None:
-        """The folder that ``prefix`` leads to, links followed. None where there is none, or where the store knows no links."""
+        """The folder that ``prefix`` leads to, links followed; None without one, or where the store knows no links."""
         return None
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 (most have nothing to release)
         """Release connections. A closed backend must not be used again."""
 
     def __enter__(self) -> Backend:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
 class OpenBackend(Protocol):
     """How a backend is opened for a root URL; ``locate.open_backend`` is the real one, tests pass their own."""
 
-    def __call__(self, url: str, storage_options: StorageOptions | None = None) -> Backend: ...
+    def __call__(self, url: str, storage_options: StorageOptions | None = None) -> Backend:
+        """Open the backend of a root URL."""
+        ...
 
 
 def check_key(key: str) -> str:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 STORE_FOLDER = ".torchsnapshot"
 MANIFEST_FOLDER = ".manifests"
 SIGNPOST = ".snapshot_metadata"
+LEASES_FOLDER = f"{STORE_FOLDER}/leases"
 OK_SUFFIX = ".ok"
 
 SUFFIXES = ("", ".z", ".d", ".p", ".t")
@@ -62,7 +63,7 @@ def blob_object(key: str) -> str:
 
 @dataclass(frozen=True, slots=True, order=True)
 class ManifestName:
-    """The file name of a manifest: generation and take id. Ordered as "newest last"; a tie goes to the greater take id."""
+    """A manifest's file name: generation and take id. The newest is the greatest; a tie goes to the greater take id."""
 
     generation: int
     take_id: str

@@ -14,6 +14,7 @@ sweeps that its filling take saw.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -36,11 +37,15 @@ LISTING_SECONDS = 3600.0
 
 @dataclass(slots=True)
 class Filled:
-    """An index with the evidence behind it, kept by the process between takes."""
+    """An index with the evidence behind it, kept by the process between takes.
+
+    ``take_ids``: the takes whose contents it holds, and those that were looked for in vain.
+    """
 
     index: Index
     sweeps: frozenset[str]
     newest: bytes | None
+    take_ids: set[str]
     seen: dict[str, int] = field(default_factory=dict)
     seen_at: float = 0.0
 
@@ -90,13 +95,20 @@ class Known:
             present = self._present[ref.key] = nbytes == ref.blob_nbytes
         return present
 
-    def learn(self, refs: Iterable[ChunkRef]) -> None:
-        """Take in what a take of this process has committed. Called only after its ``.ok`` was put."""
+    def learn(self, refs: Iterable[ChunkRef], take_id: str | None = None) -> None:
+        """Take in what a take of this process has committed. Called only after its ``.ok`` was put.
+
+        Args:
+            refs: what it has put.
+            take_id: given where all else that its manifest names was known before.
+        """
         if self._filled is None:
             return
         for ref in refs:
             self._filled.index.add(ref)
             self._filled.seen[ref.key] = ref.blob_nbytes
+        if take_id is not None:
+            self._filled.take_ids.add(take_id)
 
 
 def known_for_take(
@@ -117,7 +129,9 @@ def known_for_take(
         logger.info("a condemned set of %s could not be read: this take reuses nothing", repository.url)
         return Known(repository, None, frozenset())
     filled = _filled.get(repository.store_id)
-    if filled is None or filled.sweeps != evidence.sweeps:
+    # a snapshot that was restored may be of another process, or older than what was read
+    knows_last = filled is not None and (last_take_id is None or last_take_id in filled.take_ids)
+    if filled is None or filled.sweeps != evidence.sweeps or not knows_last:
         filled = _fill(repository, evidence, last_take_id)
         filled.seen_at = float("-inf")
         _filled[repository.store_id] = filled
@@ -131,6 +145,7 @@ def known_for_take(
 def _fill(repository: Repository, evidence: Evidence, last_take_id: str | None) -> Filled:
     """Read the newest committed manifests into a new index."""
     index = Index()
+    take_ids = set() if last_take_id is None else {last_take_id}
     newest: bytes | None = None
     newest_ms = -1
     budget = MAX_MANIFESTS_NBYTES
@@ -142,12 +157,13 @@ def _fill(repository: Repository, evidence: Evidence, last_take_id: str | None) 
             data = repository.read_manifest(ref)
             manifest = ManifestFile(data)
             index.add_envelope(manifest.envelope, repository.read_table)
+            take_ids.add(manifest.head.take_id)
             if manifest.head.created_ms > newest_ms:
                 newest, newest_ms = data, manifest.head.created_ms
         except SnapshotError as error:
             # a hint that cannot be read costs sharing, not the take; verify and gc report it
             logger.info("manifest %s of %r is not used for sharing: %s", ref.manifest, ref.name, error)
-    return Filled(index, evidence.sweeps, newest)
+    return Filled(index, evidence.sweeps, newest, take_ids)
 
 
 def _newest(repository: Repository, last_take_id: str | None) -> list[ManifestRef]:
@@ -155,3 +171,7 @@ def _newest(repository: Repository, last_take_id: str | None) -> list[ManifestRe
     refs = [ref for ref in repository.walk().refs if ref.committed]
     refs.sort(key=lambda ref: (ref.manifest.take_id == last_take_id, ref.modified, ref.manifest), reverse=True)
     return refs
+
+
+# another thread may hold an index's lock when the process forks
+os.register_at_fork(after_in_child=forget)

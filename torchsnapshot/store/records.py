@@ -21,13 +21,13 @@ import zstandard
 
 from torchsnapshot.errors import FormatError, NewerFormatError
 from torchsnapshot.store.bounded import check_lengths, is_plausible
+from torchsnapshot.store.keys import LEASES_FOLDER as LEASES_FOLDER
 from torchsnapshot.store.keys import STORE_FOLDER, is_id, parse_blob_key
 from torchsnapshot.store.processes import Process
 
 CONFIG_OBJECT = f"{STORE_FOLDER}/config"
 BLOBS_FOLDER = f"{STORE_FOLDER}/blobs"
 TEMPORARY_FOLDER = f"{STORE_FOLDER}/tmp"
-LEASES_FOLDER = f"{STORE_FOLDER}/leases"
 PENDING_FOLDER = f"{STORE_FOLDER}/gc/pending"
 SWEEPS_FOLDER = f"{STORE_FOLDER}/gc/sweeps"
 DEAD_FOLDER = f"{STORE_FOLDER}/gc/dead"

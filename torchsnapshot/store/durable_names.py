@@ -1,0 +1,80 @@
+"""Making the names of files and folders durable: fsync of the folder, and of the parent of every folder above it once.
+
+What lives here: which folders' names this process knows to be on disk. What doesn't: the files in them (``local``).
+
+Invariants: a folder counts as settled only while it is the one that was settled: outside of the store, where anybody
+may remove a folder and make it again, that takes its inode *and* its change time (inode numbers are reused at once);
+below ``.torchsnapshot`` and for ROOT, which nobody removes while it is in use, the inode is enough.
+"""
+
+from __future__ import annotations
+
+import os
+
+from torchsnapshot.store.posix import fsync_folder
+
+_Identity = tuple[int, int]
+
+
+class DurableNames:
+    """The folders below one ROOT whose own names are known to be on disk.
+
+    Args:
+        root: ROOT's path.
+        store: the store's folder in it.
+        blobs: the folder of the blob folders; these are settled together.
+    """
+
+    def __init__(self, root: str, store: str, blobs: str) -> None:
+        self._root = root
+        self._store = store
+        self._blobs = blobs
+        self._settled: dict[str, _Identity] = {}
+
+    def unsettled(self, folder: str) -> list[str]:
+        """The folders from ``folder`` up to ROOT whose names this process has not made durable yet.
+
+        To be asked before a name is put into ``folder``: that changes its change time.
+        """
+        found: list[str] = []
+        path = folder
+        while self._settled.get(path) != self._identity(path):
+            found.append(path)
+            if not is_below(path, self._root):
+                break
+            path = os.path.dirname(path)
+        return found
+
+    def settle(self, folder: str, unsettled: list[str]) -> None:
+        """Fsync ``folder``, into which a name was put, then the parents of the folders in ``unsettled``, ROOT's first.
+
+        Somebody else may have made a folder and not have fsynced its parent yet: seeing it is not enough.
+        """
+        fsync_folder(folder)
+        for path in reversed(unsettled):
+            self._settle_one(path)
+        self._settled[folder] = self._identity(folder)
+
+    def _settle_one(self, path: str) -> None:
+        parent = os.path.dirname(path)
+        settled = {path: self._identity(path)}
+        if parent == self._blobs:
+            with os.scandir(parent) as entries:
+                settled |= {entry.path: (entry.inode(), 0) for entry in entries}
+        try:
+            fsync_folder(parent)
+        except PermissionError:
+            if path != self._root:
+                raise
+            # ROOT was there before us in a folder that we may not even open: its name isn't ours to make durable
+        self._settled |= settled
+
+    def _identity(self, path: str) -> _Identity:
+        found = os.stat(path)
+        is_lasting = path == self._root or path == self._store or is_below(path, self._store)
+        return found.st_ino, 0 if is_lasting else found.st_ctime_ns
+
+
+def is_below(path: str, folder: str) -> bool:
+    """Whether ``path`` lies inside ``folder``."""
+    return path.startswith(folder.rstrip("/") + "/")
