@@ -33,6 +33,7 @@ class Actor:
         self.is_dead = False
         self.holds_deletes = False
         self.next = ("", "")
+        self.keys: set[str] = set()
         self._run = run
         self.thread = threading.Thread(target=self._main, name=name, daemon=True)
 
@@ -60,6 +61,7 @@ class Actor:
 
     def sleep(self, seconds: float) -> None:
         """As a clock: others act meanwhile."""
+        self.next = ("sleep", "")
         self.pause()
         self.world.time.seconds += seconds
 
@@ -82,6 +84,8 @@ class GatedBackend(WrappingBackend):
     def around(self, operation: str, key: str, call: Callable[[], object]) -> object:
         """Wait, then do it."""
         self._actor.next = (operation, key)
+        if operation == "put":
+            self._actor.keys.add(key)
         self._actor.pause()
         if operation == "delete" and "/blobs/" in key:
             self._actor.world.late_deletes.append(key)

@@ -284,6 +284,77 @@ def test_the_sweeps_are_listed_after_the_condemned_sets(world: World) -> None:
     check_world(world)
 
 
+def beat_now(world: World, actor: Actor) -> None:
+    """A heartbeat of whatever this actor is doing."""
+    for info in world.backend.list(".torchsnapshot/leases"):
+        if info.key in actor.keys:
+            world.backend.put(info.key, world.backend.read(info.key))
+
+
+def wait_for(world: World, collector: Actor) -> None:
+    """Let a collector publish its set, list the leases, and find that it must wait."""
+    world.until(collector, "put", "gc/pending")
+    world.until(collector, "list", "leases")
+    while collector.next != ("sleep", ""):
+        world.step(collector)
+
+
+def test_what_was_condemned_once_stays_out_of_the_index(world: World) -> None:
+    """A set that is being taken over vanishes behind its marker: a later take that trusts that marker must not trust
+    what an earlier one had read while the set was there."""
+    other_taker = wants(world, "u", "m")
+    slow, hasty = world.add("gc1", run_gc(1)), world.add("gc2", run_gc(1))
+    taker = world.add("w", take_several("w", [[b"something else"], [b"wanted"]], []))
+    world.start()
+    world.until(other_taker, "put", "m_0/.manifests/")
+    delete_now(world, "old")
+    wait_for(world, slow)
+    world.finish(other_taker)
+    world.until(slow, "list", "")
+    while slow.next != ("list", ""):
+        world.step(slow)
+    world.time.seconds += 2 * HOURS
+    world.until(hasty, "delete", "gc/pending")
+    world.until(taker, "put", "leases")
+    world.step(taker)
+    world.until(taker, "put", "leases")
+    delete_now(world, "m_0")
+    world.until(slow, "delete", "/blobs/")
+    world.step(hasty)
+    world.until(taker, "put", "w_1/.manifests/")
+    world.finish(slow)
+    world.finish(taker)
+    assert [path for path, _, _ in world.successes] == ["m_0", "w_0", "w_1"]
+    check_world(world)
+
+
+def test_an_index_is_not_tagged_with_the_marker_of_a_set_that_was_not_read(world: World) -> None:
+    """A set that is published after a take has listed the sets, and marked before it has listed the sweeps, is seen
+    under neither name: the take must notice that the sweeps have changed meanwhile."""
+    other_taker = wants(world, "u", "m")
+    slow, hasty = world.add("gc1", run_gc(1)), world.add("gc2", run_gc(1))
+    taker = world.add("w", take_several("w", [[b"wanted"], [b"wanted"]], []))
+    world.start()
+    world.until(other_taker, "put", "m_0/.manifests/")
+    delete_now(world, "old")
+    world.until(taker, "list", "gc/damaged")
+    wait_for(world, slow)
+    world.finish(other_taker)
+    world.time.seconds += 2 * HOURS
+    beat_now(world, taker)
+    world.until(hasty, "delete", "gc/pending")
+    world.until(taker, "put", "leases")
+    delete_now(world, "m_0")
+    delete_now(world, "w_0")
+    world.until(slow, "delete", "/blobs/")
+    world.step(hasty)
+    world.until(taker, "put", "w_1/.manifests/")
+    world.finish(slow)
+    world.finish(taker)
+    assert [path for path, _, _ in world.successes] == ["m_0", "w_0", "w_1"]
+    check_world(world)
+
+
 def prepared() -> tuple[Time, Repository]:
     """A store with two snapshots that share content, and with debris for gc."""
     time = Time()

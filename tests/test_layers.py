@@ -23,21 +23,22 @@ MAX_FUNCTION_LINES = 60
 
 LAYERS = [
     # 0: names, rules and values that everything may use; no store, no tensor
-    """errors event grid knobs progress rss_profiler stats version
-    store store.backend store.bounded store.clock store.keys store.mounts store.parallel store.processes store.turns""",
+    """errors event grid knobs progress rss_profiler stats version store store.backend store.bounded store.clock
+    store.keys store.mounts store.parallel store.processes store.turns""",
     # 1: what holds bytes, and what turns bytes into bytes
-    """event_handlers buffers encoded planes codecs engine meter background
+    """event_handlers buffers encoded planes codecs engine meter background store.durable_names
     store.filesystems store.gcs_files store.local store.local_errors store.locate store.memory store.other_files
-    store.posix store.remote store.remote_errors store.remote_files store.s3_files
-    store.container store.tables store.envelope store.records store.walk""",
+    store.posix store.remote store.remote_errors store.remote_files store.s3_files store.container store.tables
+    store.envelope store.records store.walk""",
     # 2: what a store holds and its protocol; what an entry is; plain values
-    """atoms dtypes entries entry_bytes entry_kinds kinds layout values stateful
+    """atoms dtypes entries entry_bytes entry_kinds kinds layout ownership placements values stateful
     store.check store.commit store.gc store.gcplan store.housekeeping store.index store.known store.leases
     store.liveness store.repository store.retention store.roots store.usage""",
     # 3: tensors and states, cut and put together; chunks as stored bytes
     """chunk_reader chunks composites diff flatten host_views live_state manifest manifest_utils tensors""",
     # 4: the jobs: plan, take, restore, verify, copy
-    """app_state copy history opening parts plan read_jobs read_object reading restore selection take take_jobs targets verify""",
+    """app_state copy history loading opening parts plan read_jobs read_object reading repack restore selection take
+    take_jobs targets verify""",
     # 5: the front door from Python
     """snapshot maintenance adapters adapters.ddp adapters.fsdp tricks tricks.ddp tricks.fsdp test_utils""",
     # 6: the names of the package; the command line
@@ -55,6 +56,8 @@ PURE = [
     "entry_bytes",
     "entry_kinds",
     "grid",
+    "ownership",
+    "placements",
     "plan",
     "store.gcplan",
     "values",

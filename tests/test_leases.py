@@ -179,9 +179,14 @@ def test_a_session_that_cannot_begin_leaves_no_lease() -> None:
 def test_the_lease_goes_with_its_session_also_after_an_error() -> None:
     """A failing take blocks no collector."""
     repository = new_store()
-    with pytest.raises(ZeroDivisionError), writing(repository, "step", heartbeat_seconds=None):
-        assert len(protocol_objects(repository.backend)) == 1
-        raise ZeroDivisionError
+
+    def fail() -> None:
+        with writing(repository, "step", heartbeat_seconds=None):
+            assert len(protocol_objects(repository.backend)) == 1
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert protocol_objects(repository.backend) == []
 
 
@@ -271,9 +276,9 @@ def test_a_lost_answer_to_the_ok_is_looked_up() -> None:
 def test_no_answer_to_the_ok_is_an_unknown_commit() -> None:
     """The message says where to look; the lease stays, the manifest too."""
     repository = new_store()
-    with begin(reopened(repository, Failing(repository.backend, put_of_ok))) as session:
-        with pytest.raises(CommitUnknownError, match=r"000001-[0-9a-f]{24}\.ok is there"):
-            commit(session)
+    session = begin(reopened(repository, Failing(repository.backend, put_of_ok)))
+    with session, pytest.raises(CommitUnknownError, match=r"000001-[0-9a-f]{24}\.ok is there"):
+        commit(session)
     assert [ref.committed for ref in repository.manifests_of("step")] == [False]
     assert len(protocol_objects(repository.backend)) == 1
 
@@ -491,7 +496,7 @@ def test_only_a_process_of_this_host_boot_and_namespace_can_be_seen_to_be_gone()
     assert not is_gone(replace(gone, host="elsewhere"))
     assert not is_gone(replace(gone, boot_id="another boot"))
     assert not is_gone(replace(gone, pid_namespace="pid:[1]"))
-    assert not is_gone(replace(gone, pid=1))
+    assert not is_gone(replace(here, start_time=0))
 
 
 def test_a_process_that_ended_and_was_not_waited_for_is_gone() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
 from faults import FailNth, Recording
@@ -17,6 +18,7 @@ from torchsnapshot.errors import (
 )
 from torchsnapshot.store.gc import collect
 from torchsnapshot.store.keys import SIGNPOST, ManifestName, blob_object, new_id
+from torchsnapshot.store.local import LocalBackend
 from torchsnapshot.store.memory import MemoryBackend
 from torchsnapshot.store.processes import current_process
 from torchsnapshot.store.records import (
@@ -77,6 +79,26 @@ def test_a_newer_writer_level_refuses_takes_but_not_readers() -> None:
     assert Repository.open(backend).store_id == "a" * 24
     with pytest.raises(NewerFormatError, match="upgrade"):
         Repository.create_or_open(backend)
+
+
+def test_an_unknown_digest_algorithm_refuses_takes() -> None:
+    """Content under names that nobody else computes would never be shared."""
+    backend = MemoryBackend()
+    backend.put(CONFIG_OBJECT, Config("a" * 24, algorithm=2).pack())
+    with pytest.raises(NewerFormatError, match="digest algorithm"):
+        Repository.create_or_open(backend)
+
+
+def test_making_a_store_beside_another_one_says_that_nothing_is_shared(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One INFO line for each store, once."""
+    with caplog.at_level(logging.INFO):
+        Repository.create_or_open(LocalBackend(str(tmp_path / "run1")))
+        assert "nothing is shared" not in caplog.text
+        Repository.create_or_open(LocalBackend(str(tmp_path / "run2")))
+        Repository.create_or_open(LocalBackend(str(tmp_path / "run2")))
+    assert [record.message.count("store=") for record in caplog.records] == [0, 1]
 
 
 def test_a_newer_collector_level_refuses_gc() -> None:

@@ -84,15 +84,31 @@ def read_state(statefuls: Mapping[str, Stateful], prepare: PrepareTensor | None 
             problems.extend(error.problems)
     if problems:
         raise UnsupportedValueError(problems)
-    if prepare is not None:
-        for path, node in nodes.items():
-            if isinstance(node, TensorLeaf) and isinstance(node.tensor, torch.Tensor):
-                nodes[path] = _prepared(path, node, prepare)
-    return nodes
+    return nodes if prepare is None else _prepared_nodes(nodes, prepare)
 
 
-def _prepared(path: str, leaf: TensorLeaf, prepare: PrepareTensor) -> TensorLeaf:
-    tensor = leaf.tensor
+def _prepared_nodes(nodes: Mapping[str, Node], prepare: PrepareTensor) -> dict[str, Node]:
+    """What is stored instead of these nodes: a function may turn a dense tensor into one of several parts."""
+    prepared: dict[str, Node] = {}
+    problems: list[str] = []
+    for path, node in nodes.items():
+        if not (isinstance(node, TensorLeaf) and isinstance(node.tensor, torch.Tensor)):
+            prepared[path] = node
+            continue
+        try:
+            prepared.update(flatten(path, _prepared(path, node.tensor, prepare), on_opaque=_log_opaque))
+        except UnsupportedValueError as error:
+            problems.extend(error.problems)
+            continue
+        result = prepared[path]
+        if isinstance(result, TensorLeaf):
+            prepared[path] = TensorLeaf(result.tensor, node.wrapper, node.requires_grad)
+    if problems:
+        raise UnsupportedValueError(problems)
+    return prepared
+
+
+def _prepared(path: str, tensor: torch.Tensor, prepare: PrepareTensor) -> torch.Tensor:
     traced = prepare(path, tensor, True)
     result = prepare(path, tensor, False)
     for kind, other in (("tracing", traced), ("staging", result)):
@@ -101,7 +117,7 @@ def _prepared(path: str, leaf: TensorLeaf, prepare: PrepareTensor) -> TensorLeaf
                 f"_custom_tensor_prepare_func shouldn't change the tensor's shape: {path} has {tuple(tensor.shape)}, "
                 f"the {kind} call returned {tuple(other.shape)}."
             )
-    return TensorLeaf(result, leaf.wrapper, leaf.requires_grad)
+    return result
 
 
 def _log_opaque(path: str, type_name: str) -> None:

@@ -1,8 +1,8 @@
 """What a manifest says about the state, as restore, ``show`` and the next take read it.
 
 What lives here: ``StoredManifest``, a whole manifest from the tensor side. Exported from here too: the entry kinds and
-the names of places (``entry_kinds``), and the bytes of the *entries* section (``entry_bytes``). What doesn't live here:
-upstream's view of a manifest (``manifest``), the container (``store.envelope``).
+the names of places (``entry_kinds``), and the bytes of the *entries* section (``entry_section``). What doesn't live
+here: upstream's view of a manifest (``manifest``), the container (``store.envelope``).
 
 Invariant: an entry that ``StoredManifest`` gives out fits its chunk table: its spans are inside, and its chunks' raw
 sizes add up to its own. Where the table is a reference, that holds once ``check`` has been called for the entry.
@@ -13,13 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cached_property
 
-from torchsnapshot.entry_bytes import (
-    ENTRIES_VERSION,
-    MAX_DEPTH,
-    MAX_INLINE_NBYTES,
-    pack_entries,
-    unpack_entries,
-)
+from torchsnapshot.entry_bytes import MAX_DEPTH, MAX_INLINE_NBYTES
 from torchsnapshot.entry_kinds import (
     MAX_PATH_NCHARS,
     USER_METADATA,
@@ -28,6 +22,7 @@ from torchsnapshot.entry_kinds import (
     Entry,
     Key,
     OpaqueEntry,
+    ShardedTensorEntry,
     ShardEntry,
     Span,
     TensorEntry,
@@ -36,8 +31,18 @@ from torchsnapshot.entry_kinds import (
     component_of,
     escape,
     is_entry_path,
+    span_columns,
     spans_of,
     unescape,
+)
+from torchsnapshot.entry_section import (
+    ENTRIES_VERSION,
+    EntriesBuilder,
+    EntriesSection,
+    Tree,
+    pack_entries,
+    pack_trees,
+    unpack_entries,
 )
 from torchsnapshot.errors import FormatError
 from torchsnapshot.store.envelope import ChunkRef, ChunkTable, Envelope, Head, LoadTable, ManifestFile
@@ -50,19 +55,25 @@ __all__ = [
     "USER_METADATA",
     "WRAPPERS",
     "ContainerEntry",
+    "EntriesBuilder",
+    "EntriesSection",
     "Entry",
     "Key",
     "OpaqueEntry",
     "ShardEntry",
+    "ShardedTensorEntry",
     "Span",
     "StoredManifest",
     "TensorEntry",
+    "Tree",
     "ValueEntry",
     "children",
     "component_of",
     "escape",
     "is_entry_path",
     "pack_entries",
+    "pack_trees",
+    "span_columns",
     "spans_of",
     "unescape",
     "unpack_entries",
@@ -85,6 +96,8 @@ class StoredManifest:
         self._file = ManifestFile(data, where)
         self._load_table = load_table
         self._tables: dict[int, ChunkTable] = {}
+        self._checked: set[int] = set()
+        self._checked_ranks: set[int] = set()
 
     @property
     def where(self) -> str:
@@ -107,20 +120,67 @@ class StoredManifest:
         return self._file.envelope
 
     @cached_property
-    def entries(self) -> dict[str, Entry]:
-        """The entries by path, depth-first, parents first.
+    def section(self) -> EntriesSection:
+        """The entries of all ranks; what it gives out has not been compared with the chunk tables."""
+        section = EntriesSection(self._file.entries, f"{self.where}: entries")
+        num_tables = len(self.envelope.tables)
+        for entry in section.sharded:
+            if entry.nbytes and max(memoryview(entry.tables).cast("I")) >= num_tables:
+                raise FormatError(f"{self.where}: a sharded tensor has chunks in a table that is not there")
+        return section
 
-        Those whose chunk tables stand in the manifest itself have been compared with these tables, the others not.
+    @cached_property
+    def entries(self) -> dict[str, Entry]:
+        """The entries of all ranks by path, ``<rank>/<app_state key>/…``, depth-first, parents first.
+
+        Those whose chunk tables stand in the manifest itself have been compared with these tables, the others not. Of
+        a job of many ranks this is large: ``entries_of`` and ``shared`` make less.
         """
-        entries = unpack_entries(self._file.entries, f"{self.where}: entries")
-        tables = self.envelope.tables
-        for path, entry in entries.items():
-            numbers = {span.table for span in spans_of(entry)}
-            if any(number >= len(tables) for number in numbers):
-                raise FormatError(f"{self.where}: {path!r:.200} has chunks in a table that is not there")
-            if all(isinstance(tables[number], ChunkTable) for number in numbers):
-                self.check(path, entry)
+        for rank in self.ranks:
+            self.entries_of(rank)
+        return self.section.all_entries()
+
+    @property
+    def ranks(self) -> list[int]:
+        """The ranks that have entries, in their order."""
+        return self.section.ranks
+
+    def entries_of(self, rank: int) -> dict[str, Entry]:
+        """The entries of one rank by path without the rank, depth-first, parents first. Not to be changed.
+
+        They have been compared with the chunk tables as ``entries`` says.
+
+        Raises:
+            KeyError: the rank has none.
+        """
+        entries = self.section.entries_of(rank)
+        if rank not in self._checked_ranks:
+            for path, entry in entries.items():
+                # ranks share what is equal, as one object that the section keeps
+                if id(entry) not in self._checked:
+                    self._check_inline(f"{rank}/{path}", entry)
+                    self._checked.add(id(entry))
+            self._checked_ranks.add(rank)
         return entries
+
+    def shared(self, path: str) -> Entry | None:
+        """The entry that all ranks have in common at a path without rank: a replicated leaf, a container with the same
+        keys everywhere, or a tensor that is sharded over all ranks. None where ranks differ, or lack it.
+        """
+        if self.section.shared(path) is None:
+            return None
+        return self.entries_of(self.ranks[0])[path]
+
+    def _check_inline(self, path: str, entry: Entry) -> None:
+        tables = self.envelope.tables
+        if isinstance(entry, ShardedTensorEntry):
+            numbers = set(memoryview(entry.tables).cast("I")) if entry.nbytes else set()
+        else:
+            numbers = {span.table for span in spans_of(entry)}
+        if any(number >= len(tables) for number in numbers):
+            raise FormatError(f"{self.where}: {path!r:.200} has chunks in a table that is not there")
+        if all(isinstance(tables[number], ChunkTable) for number in numbers):
+            self.check(path, entry)
 
     @property
     def roots(self) -> list[str]:

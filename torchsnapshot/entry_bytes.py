@@ -1,9 +1,10 @@
-"""The bytes of the *entries* section: packing, and total validation on reading.
+"""The records of the *entries* section: packing, and total validation on reading.
 
-What lives here: the section's layout (docs/format.md has it field by field). What doesn't: the entries themselves
-(``entry_kinds``), the manifest (``entries``), what a dtype's bytes mean (``tensors``), plain values (``values``).
+What lives here: one record's layout, and streams of them (docs/format.md has it field by field). What doesn't: the
+section, which holds a stream for each tree (``entry_section``), the records of sharded tensors (``entry_shardings``),
+the entries themselves (``entry_kinds``), what a dtype's bytes mean (``tensors``), plain values (``values``).
 
-Records stand depth-first, parents first; a container's keys give the names of its children, so the section stores no
+Records stand depth-first, parents first; a container's keys give the names of its children, so a stream stores no
 other name than those of its roots, and a child that is missing, twice there or out of place cannot be written down.
 
 Invariants of entries that were read: shapes, cells, boxes and permutations fit one another, every span has as many
@@ -13,7 +14,7 @@ section's own size does not justify: neither a list nor a path.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from math import prod
 
 from torchsnapshot import grid
@@ -24,19 +25,17 @@ from torchsnapshot.entry_kinds import (
     Entry,
     Key,
     OpaqueEntry,
+    ShardedTensorEntry,
     ShardEntry,
     Span,
     TensorEntry,
     ValueEntry,
-    children,
     component_of,
-    is_entry_path,
+    is_place,
 )
 from torchsnapshot.errors import FormatError, NewerFormatError
 from torchsnapshot.grid import Box
 from torchsnapshot.store import bounded
-
-ENTRIES_VERSION = 1
 
 MAX_DEPTH = 256
 MAX_DIMS = 64
@@ -45,58 +44,37 @@ MAX_NUMEL = 1 << 62
 MAX_INLINE_NBYTES = 16 << 10
 MAX_WIDE_KEY_NBYTES = 512
 
-_CONTAINER, _VALUE, _TENSOR, _OPAQUE = range(4)
-_NUM_FIELDS = {_CONTAINER: 5, _VALUE: 4, _TENSOR: 10, _OPAQUE: 5}
+_CONTAINER, _VALUE, _TENSOR, _OPAQUE, _SHARDED = range(5)
+_NUM_FIELDS = {_CONTAINER: 5, _VALUE: 4, _TENSOR: 10, _OPAQUE: 5, _SHARDED: 2}
 _PATHS_FREE_NCHARS = 1 << 20
 _PATHS_RATIO = 64
 # a structured type of numpy is described by JSON
-_MAX_NAME_NCHARS = 16 << 10
+MAX_NAME_NCHARS = 16 << 10
 _WORD_INTS = range(-(1 << 63), 1 << 64)
 """What msgpack's own ints hold; keys outside stand as bytes."""
 
+NumberOf = Callable[[ShardedTensorEntry], int]
 
-def pack_entries(entries: Mapping[str, Entry]) -> bytes:
-    """The entries section.
+
+def pack_record(entry: Entry, number_of: NumberOf) -> bytes:
+    """One record.
 
     Args:
-        entries: by path; every container's children are there, and parents stand before their children. They are
-            written depth-first.
+        entry: what it holds.
+        number_of: where a sharded tensor stands among those of the section.
 
     Raises:
-        ValueError: an entry that no manifest can hold, or a path that is nobody's child.
+        ValueError: an entry that no manifest can hold.
     """
-    parts: list[bytes] = [b""]
-    num_entries = 0
-    seen: set[str] = set()
-    for root in entries:
-        if root in seen:
-            continue
-        parts.append(bounded.pack(root))
-        pending = [root]
-        while pending:
-            path = pending.pop()
-            entry = entries.get(path)
-            if entry is None or path in seen:
-                raise ValueError(f"the entry {path!r:.200} of a container is missing, or another entry's child too")
-            seen.add(path)
-            num_entries += 1
-            try:
-                parts.append(_pack_entry(entry))
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"{path}: {error}") from error
-            if isinstance(entry, ContainerEntry):
-                pending.extend(reversed(children(path, entry)))
-    parts[0] = bounded.pack([ENTRIES_VERSION, num_entries])
-    data = b"".join(parts)
     try:
-        # one more pass, but nothing is ever committed that cannot be read
-        unpack_entries(data)
-    except FormatError as error:
+        return _pack_entry(entry, number_of)
+    except TypeError as error:
         raise ValueError(str(error)) from error
-    return data
 
 
-def _pack_entry(entry: Entry) -> bytes:
+def _pack_entry(entry: Entry, number_of: NumberOf) -> bytes:
+    if isinstance(entry, ShardedTensorEntry):
+        return bounded.pack([_SHARDED, number_of(entry)])
     if isinstance(entry, ContainerEntry):
         numbered = all(type(key) is int and key == index for index, key in enumerate(entry.keys))
         keys = b"" if numbered else b"".join(map(_pack_key, entry.keys))
@@ -127,15 +105,19 @@ def _span_fields(span: Span | None) -> tuple[int, ...]:
     return () if span is None else (span.table, span.first, span.count)
 
 
-def unpack_entries(data: bytes, where: str = "entries") -> dict[str, Entry]:
-    """Read and check an entries section.
+def unpack_records(
+    data: bytes, num_records: int, sharded: Sequence[ShardedTensorEntry], where: str
+) -> dict[str, dict[str, Entry]]:
+    """Read and check a stream of records.
 
     Args:
         data: all of its bytes.
-        where: which manifest this is, for messages.
+        num_records: how many there are.
+        sharded: the sharded tensors of the section.
+        where: which tree of which manifest this is, for messages.
 
     Returns:
-        The entries by path, depth-first, parents first.
+        For each path that stands in the stream, in its order: the entries there and below, depth-first, parents first.
 
     Raises:
         NewerFormatError: an entry of a kind that this library does not know.
@@ -143,49 +125,51 @@ def unpack_entries(data: bytes, where: str = "entries") -> dict[str, Entry]:
     """
     with bounded.reading(where):
         reader = bounded.FieldReader(data, where)
-        if reader.array("the section's header") != 2:
-            reader.fail("the section's header has two fields")
-        version = reader.integer("entries version", 1 << 32)
-        if version != ENTRIES_VERSION:
-            raise NewerFormatError(f"{where}: entries version {version} is unknown; upgrade torchsnapshot")
-        num_entries = reader.integer("number of entries")
-        if num_entries > reader.left:
-            reader.fail(f"claims {num_entries} entries")
-        entries = _Unpacking(reader, num_entries).run()
+        if num_records > reader.left:
+            reader.fail(f"claims {num_records} entries")
+        found = _Unpacking(reader, num_records, sharded).run()
         reader.finish()
-    return entries
+    return found
 
 
 class _Unpacking:
-    """One run over an entries section: which places are still to come, and what may still be allocated."""
+    """One run over records: which places are still to come, and what may still be allocated."""
 
-    def __init__(self, reader: bounded.FieldReader, num_entries: int) -> None:
+    def __init__(
+        self, reader: bounded.FieldReader, num_records: int, sharded: Sequence[ShardedTensorEntry]
+    ) -> None:
         self._reader = reader
-        self._num_entries = num_entries
+        self._num_records = num_records
+        self._sharded = sharded
         self._nchars_left = _PATHS_FREE_NCHARS + _PATHS_RATIO * reader.left
         # places whose records are still to come, the next one last, each with how deep it lies
         self._pending: list[tuple[str, int]] = []
-        self._entries: dict[str, Entry] = {}
+        self._found: dict[str, dict[str, Entry]] = {}
 
-    def run(self) -> dict[str, Entry]:
-        for num_read in range(self._num_entries):
-            path, depth = self._pending.pop() if self._pending else (self._root(), 0)
-            entry = _unpack_entry(self._reader, path)
-            self._entries[path] = entry
+    def run(self) -> dict[str, dict[str, Entry]]:
+        entries: dict[str, Entry] = {}
+        for num_read in range(self._num_records):
+            if not self._pending:
+                entries = self._begin()
+            path, depth = self._pending.pop()
+            entry = _unpack_entry(self._reader, path, self._sharded)
+            entries[path] = entry
             if isinstance(entry, ContainerEntry):
-                self._expect(path, entry, depth + 1, self._num_entries - num_read - 1)
+                self._expect(path, entry, depth + 1, self._num_records - num_read - 1)
         if self._pending:
             self._reader.fail(f"{len(self._pending)} entries of containers are missing")
-        return self._entries
+        return self._found
 
-    def _root(self) -> str:
+    def _begin(self) -> dict[str, Entry]:
         path = self._reader.text("path", MAX_PATH_NCHARS)
-        if path.count("/") != 1 or not is_entry_path(path):
-            self._reader.fail(f"{path!r:.200} is not the path of an app_state key")
-        if path in self._entries:
+        if not is_place(path):
+            self._reader.fail(f"{path!r:.200} is not the path of an app_state key, or of a place below one")
+        if path in self._found:
             self._reader.fail(f"{path!r:.200} stands there twice")
         self._spend(len(path))
-        return path
+        self._pending.append((path, path.count("/")))
+        self._found[path] = {}
+        return self._found[path]
 
     def _expect(self, path: str, entry: ContainerEntry, depth: int, num_left: int) -> None:
         if depth > MAX_DEPTH:
@@ -206,7 +190,7 @@ class _Unpacking:
             self._reader.fail("the paths are far longer than what names them")
 
 
-def _unpack_entry(reader: bounded.FieldReader, path: str) -> Entry:
+def _unpack_entry(reader: bounded.FieldReader, path: str, sharded: Sequence[ShardedTensorEntry]) -> Entry:
     num_fields = reader.array("entry")
     kind = reader.integer("kind", 1 << 32) if num_fields else -1
     if kind not in _NUM_FIELDS:
@@ -217,7 +201,12 @@ def _unpack_entry(reader: bounded.FieldReader, path: str) -> Entry:
         return _unpack_tensor(reader, path)
     if kind == _CONTAINER:
         return _unpack_container(reader, path)
-    type_name = reader.text("type name", _MAX_NAME_NCHARS) if kind == _OPAQUE else ""
+    if kind == _SHARDED:
+        number = reader.integer("sharded tensor", 1 << 32)
+        if number >= len(sharded):
+            reader.fail(f"{path!r:.200} is sharded tensor {number} of {len(sharded)}")
+        return sharded[number]
+    type_name = reader.text("type name", MAX_NAME_NCHARS) if kind == _OPAQUE else ""
     data = reader.binary_or_none("inline bytes")
     span = _unpack_span(reader)
     nbytes = reader.integer("size", MAX_NUMEL)
@@ -229,7 +218,7 @@ def _unpack_entry(reader: bounded.FieldReader, path: str) -> Entry:
 
 
 def _unpack_container(reader: bounded.FieldReader, path: str) -> ContainerEntry:
-    kind = reader.text("container kind", _MAX_NAME_NCHARS)
+    kind = reader.text("container kind", MAX_NAME_NCHARS)
     count = reader.integer("number of keys")
     if count > reader.left:
         reader.fail(f"{path!r:.200} claims {count} keys")
@@ -269,7 +258,7 @@ def _unpack_span(reader: bounded.FieldReader) -> Span | None:
 
 
 def _unpack_tensor(reader: bounded.FieldReader, path: str) -> TensorEntry:
-    dtype = reader.text("dtype", _MAX_NAME_NCHARS)
+    dtype = reader.text("dtype", MAX_NAME_NCHARS)
     shape = reader.integers("shape", MAX_DIMS, MAX_DIM)
     permutation = reader.integers("permutation", MAX_DIMS, MAX_DIMS)
     cell = reader.integers("cell", MAX_DIMS, MAX_DIM)

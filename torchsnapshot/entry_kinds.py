@@ -10,15 +10,19 @@ like any other. Within one container different keys have different components.
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from torchsnapshot import grid
 from torchsnapshot.grid import Box
+from torchsnapshot.placements import Sharding
 
 Key = str | int | bool
 """A container's key; ``1``, ``True`` and ``"1"`` are three different ones."""
 
 MAX_PATH_NCHARS = 8192
+"""The most characters that a path may have below its rank."""
 
 USER_METADATA = "%user_metadata"
 """Where, below a rank, user metadata stands that is too large for the head. No app_state key escapes to this."""
@@ -106,13 +110,72 @@ class OpaqueEntry:
     nbytes: int
 
 
-Entry = ContainerEntry | ValueEntry | TensorEntry | OpaqueEntry
+@dataclass(frozen=True, slots=True)
+class ShardedTensorEntry:
+    """A tensor that is spread over a mesh of ranks: one entry, which all of them share.
+
+    ``cell`` and all boxes are in the order of ``shape``. ``tables`` and ``firsts`` are columns, a little-endian u32 for
+    each region of the sharding: the chunk table and the row where its chunks begin (0 where it has no element); how
+    many they are follows from boxes and cell. ``nbytes`` counts all regions.
+
+    Args:
+        wrapper: ``"tensor"`` or ``"parameter"``.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    cell: tuple[int, ...]
+    sharding: Sharding
+    tables: bytes
+    firsts: bytes
+    wrapper: str
+    requires_grad: bool
+    nbytes: int
+
+    @property
+    def identity(self) -> tuple[tuple[int, ...], tuple[int, ...], str]:
+        """What tells sharded tensors of one path apart: global ranks of the mesh, global shape, dtype."""
+        return self.sharding.mesh_ranks, self.shape, self.dtype
+
+    def span(self, region: int) -> Span | None:
+        """Where a region's chunks are; None where it has no element."""
+        boxes = self.sharding.regions(self.shape)[region]
+        if not boxes:
+            return None
+        count = sum(grid.num_pieces(box, self.cell) for box in boxes)
+        return Span(memoryview(self.tables).cast("I")[region], memoryview(self.firsts).cast("I")[region], count)
+
+    def spans(self) -> list[Span | None]:
+        """Those of all regions."""
+        tables, firsts = memoryview(self.tables).cast("I"), memoryview(self.firsts).cast("I")
+        return [
+            Span(table, first, sum([grid.num_pieces(box, self.cell) for box in boxes])) if boxes else None
+            for boxes, table, first in zip(self.sharding.regions(self.shape), tables, firsts, strict=True)
+        ]
+
+
+def span_columns(spans: Iterable[Span | None]) -> tuple[bytes, bytes]:
+    """The columns ``tables`` and ``firsts`` of a sharded tensor's entry.
+
+    Args:
+        spans: where the chunks of each region are, in the order of the regions; None for one without elements.
+    """
+    tables, firsts = array("I"), array("I")
+    for span in spans:
+        tables.append(0 if span is None else span.table)
+        firsts.append(0 if span is None else span.first)
+    return tables.tobytes(), firsts.tobytes()
+
+
+Entry = ContainerEntry | ValueEntry | TensorEntry | OpaqueEntry | ShardedTensorEntry
 
 
 def spans_of(entry: Entry) -> Sequence[Span]:
     """Where an entry's chunks are; nothing for containers and inline entries."""
     if isinstance(entry, TensorEntry):
         return [shard.span for shard in entry.shards]
+    if isinstance(entry, ShardedTensorEntry):
+        return [span for span in entry.spans() if span is not None]
     if isinstance(entry, ContainerEntry) or entry.span is None:
         return ()
     return (entry.span,)
@@ -151,11 +214,17 @@ def children(path: str, entry: ContainerEntry) -> list[str]:
     return [f"{path}/{component}" for component in component_of(entry.keys)]
 
 
-def is_entry_path(path: str) -> bool:
-    """Whether ``path`` has the form of an entry's key: a rank, an app_state key, and escaped components."""
-    rank, *components = path.split("/")
-    if not components or _RANK.match(rank) is None or len(path) > MAX_PATH_NCHARS:
-        return False
+def is_place(path: str) -> bool:
+    """Whether ``path`` has the form of a place below a rank: an app_state key, and escaped components."""
+    components = path.split("/")
     if components[0] == USER_METADATA:
         components = components[1:]
-    return all(_ESCAPED.match(component) or _TYPED.match(component) for component in components)
+    return len(path) <= MAX_PATH_NCHARS and all(
+        _ESCAPED.match(component) or _TYPED.match(component) for component in components
+    )
+
+
+def is_entry_path(path: str) -> bool:
+    """Whether ``path`` has the form of an entry's key: a rank, and a place below it."""
+    rank, slash, place = path.partition("/")
+    return bool(slash) and _RANK.match(rank) is not None and is_place(place)

@@ -1,7 +1,7 @@
 """What this process remembers of the snapshot that it last took or restored in each store.
 
-What lives here: the digests and cells by path that a take compares live memory with. What doesn't: which blobs may be
-reused (``store.known`` decides, by evidence).
+What lives here: the digests and cells by path that a take compares live memory with, and the commit times that the next
+one must exceed. What doesn't: which blobs may be reused (``store.known`` decides, by evidence).
 
 Invariant: everything here is a hint. A wrong or missing memory costs a copy, never content: a digest from here is
 only ever compared with a digest of bytes that are read now. Memory is keyed by (path, chunk), never by a tensor's
@@ -11,11 +11,17 @@ identity, address or version counter: ``state_dict()`` may return fresh tensors 
 
 from __future__ import annotations
 
+import logging
+import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torchsnapshot.entries import ContainerEntry, Entry, StoredManifest, TensorEntry, spans_of
+from torchsnapshot.errors import SnapshotError
 from torchsnapshot.plan import Leaf, TakePlan
+
+logger = logging.getLogger(__name__)
 
 _NOTHING: frozenset[int] = frozenset()
 
@@ -48,14 +54,20 @@ class Remembered:
     def of_manifest(cls, manifest: StoredManifest, rank: int = 0) -> Remembered:
         """What a manifest that was read says about the places of one rank."""
         prefix = f"{rank}/"
-        return cls(
-            manifest.head.take_id,
-            lambda: {
-                path[len(prefix) :]: _place_of_entry(manifest, entry)
-                for path, entry in manifest.entries.items()
-                if path.startswith(prefix) and not isinstance(entry, ContainerEntry)
-            },
-        )
+
+        def places() -> dict[str, Place]:
+            try:
+                return {
+                    path[len(prefix) :]: _place_of_entry(manifest, entry)
+                    for path, entry in manifest.entries.items()
+                    if path.startswith(prefix) and not isinstance(entry, ContainerEntry)
+                }
+            except SnapshotError as error:
+                # a hint that cannot be read costs time, not the take
+                logger.info("%s is not compared with: %s", manifest.where, error)
+                return {}
+
+        return cls(manifest.head.take_id, places)
 
     @classmethod
     def of_plan(cls, take_id: str, plan: TakePlan) -> Remembered:
@@ -65,9 +77,21 @@ class Remembered:
 
     def at(self, path: str) -> Place | None:
         """What stood at a path."""
+        return self._all().get(path)
+
+    def equals(self, plan: TakePlan) -> bool:
+        """Whether a finished plan has the same chunks at the same paths, and nothing else."""
+        num_chunks = 0
+        for chunk in plan.chunks():
+            if chunk.ref is None or chunk.ref.digest != chunk.previous:
+                return False
+            num_chunks += 1
+        return num_chunks == sum(len(place.digests) for place in self._all().values())
+
+    def _all(self) -> Mapping[str, Place]:
         if self._make_places is not None:
             self._places, self._make_places = self._make_places(), None
-        return self._places.get(path)
+        return self._places
 
 
 def _place_of_entry(manifest: StoredManifest, entry: Entry) -> Place:
@@ -90,6 +114,8 @@ def _place_of_leaf(leaf: Leaf) -> Place:
 
 
 _remembered: dict[str, Remembered] = {}
+_commit_times: dict[str, int] = {}
+_lock = threading.Lock()
 
 
 def recall(store_id: str) -> Remembered:
@@ -102,6 +128,29 @@ def remember(store_id: str, remembered: Remembered) -> None:
     _remembered[store_id] = remembered
 
 
+def next_commit_time(store_id: str, at_least: int) -> int:
+    """A commit time, in milliseconds since the epoch: ``at_least``, or after all that this process knows of."""
+    with _lock:
+        _commit_times[store_id] = max(at_least, _commit_times.get(store_id, -1) + 1)
+        return _commit_times[store_id]
+
+
+def note_commit_time(store_id: str, created_ms: int) -> None:
+    """Take in the commit time of a snapshot that was restored."""
+    with _lock:
+        _commit_times[store_id] = max(created_ms, _commit_times.get(store_id, -1))
+
+
 def forget() -> None:
     """Drop all memory, as a new process would begin; used by tests and benchmarks."""
     _remembered.clear()
+    _commit_times.clear()
+
+
+def _reset_in_child() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+# another thread may hold the lock when the process forks
+os.register_at_fork(after_in_child=_reset_in_child)

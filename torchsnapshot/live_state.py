@@ -5,12 +5,13 @@ What doesn't live here: storing values (``flatten``), building them anew (``kind
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torchsnapshot.entries import component_of
+from torchsnapshot.entries import component_of, unescape
 
 
 def children_of(value: object) -> list[tuple[str, Any]] | None:
@@ -70,36 +71,71 @@ def lay_over(path: str, value: Any, replacements: Mapping[str, Any]) -> tuple[An
         The new state, which shares all that is not replaced, and the paths that found a place. A new key finds one in
         a dict that is there already.
     """
-    if path in replacements:
-        return replacements[path], {path}
-    below = {other: leaf for other, leaf in replacements.items() if other.startswith(f"{path}/")}
-    children = children_of(value)
-    if not below or children is None:
-        return value, set()
+    root = _Node(path)
+    for other, leaf in replacements.items():
+        if other == path:
+            return leaf, {path}
+        if other.startswith(f"{path}/"):
+            node = root
+            for component in other[len(path) + 1 :].split("/"):
+                node = node.below.setdefault(component, _Node(f"{node.path}/{component}"))
+            node.leaf = leaf
     placed: set[str] = set()
-    laid = []
-    for component, child in children:
-        new, found = lay_over(f"{path}/{component}", child, below)
-        laid.append(new)
-        placed |= found
-    result = _with_children(value, laid) if placed else value
+    return _lay(root, value, placed), placed
+
+
+_ABSENT: Any = object()
+
+
+@dataclasses.dataclass(slots=True)
+class _Node:
+    """New leaves by component: what lies at and below one path."""
+
+    path: str
+    leaf: Any = _ABSENT
+    below: dict[str, _Node] = dataclasses.field(default_factory=dict)
+
+
+def _lay(node: _Node, value: Any, placed: set[str]) -> Any:
+    if node.leaf is not _ABSENT:
+        placed.add(node.path)
+        return node.leaf
+    children = children_of(value)
+    if not node.below or children is None:
+        return value
+    num_placed = len(placed)
+    laid = [_lay(node.below[name], child, placed) if name in node.below else child for name, child in children]
+    fresh: dict[Any, Any] = {}
     if isinstance(value, dict):
-        fresh = {other[len(path) + 1 :]: leaf for other, leaf in below.items() if "/" not in other[len(path) + 1 :]}
-        fresh = {key: leaf for key, leaf in fresh.items() if f"{path}/{key}" not in placed}
-        if fresh:
-            result = _with_children(value, laid)
-            result.update(fresh)
-            placed |= {f"{path}/{key}" for key in fresh}
-    return result, placed
+        known = {name for name, _ in children}
+        for component, new in node.below.items():
+            if component not in known and new.leaf is not _ABSENT:
+                placed.add(new.path)
+                fresh[_key_of(component, value)] = new.leaf
+    if len(placed) == num_placed:
+        return value
+    result = _with_children(value, laid)
+    for key, leaf in fresh.items():
+        result[key] = leaf
+    return result
+
+
+def _key_of(component: str, siblings: Mapping[Any, Any]) -> str | int | bool:
+    """The key that a component of a path stands for, in a dict that has others."""
+    if component.startswith("%b"):
+        return component == "%bTrue"
+    if component.startswith("%i"):
+        return int(component[2:])
+    if siblings and all(type(key) is int for key in siblings) and component.removeprefix("-").isdecimal():
+        return int(component)
+    return unescape(component)
 
 
 def _with_children(value: Any, children: list[Any]) -> Any:
     """A container like ``value`` with other children."""
     if isinstance(value, dict):
-        result = value.copy()
-        # nn.Module keeps its version numbers in an attribute of the dict, which copy() leaves behind
-        if hasattr(value, "__dict__"):
-            vars(result).update(vars(value))
+        # not value.copy(), which leaves behind its class, and the version numbers that nn.Module hangs on it
+        result = copy.copy(value)
         for key, child in zip(list(dict.keys(value)), children, strict=True):
             result[key] = child
         return result
@@ -109,5 +145,9 @@ def _with_children(value: Any, children: list[Any]) -> Any:
         return value._make(children)
     if isinstance(value, (list, tuple)):
         return type(value)(children)
+    result = copy.copy(value)
     fields = [field.name for field in dataclasses.fields(value) if hasattr(value, field.name)]
-    return dataclasses.replace(value, **dict(zip(fields, children, strict=True)))
+    for name, child in zip(fields, children, strict=True):
+        # also where the class is frozen
+        object.__setattr__(result, name, child)
+    return result

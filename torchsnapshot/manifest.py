@@ -304,6 +304,8 @@ def view(stored: Mapping[str, entries.Entry], read_value: ReadValue | None = Non
             manifest.update(_view_of_value(path, entry, read_value))
         elif isinstance(entry, entries.TensorEntry):
             manifest[path] = _view_of_tensor(path, entry)
+        elif isinstance(entry, entries.ShardedTensorEntry):
+            manifest[path] = _view_of_sharded(path, entry)
         elif isinstance(entry, entries.OpaqueEntry):
             manifest[path] = ObjectEntry(path, "pickle", entry.type_name, False)
         elif entry.kind in COMPOSITE_KINDS:
@@ -346,7 +348,28 @@ def _view_of_tensor(path: str, entry: entries.TensorEntry) -> TensorEntry | Shar
     )
 
 
-def _view_of_region(path: str, entry: entries.TensorEntry, sizes: list[int]) -> TensorEntry:
+def _view_of_sharded(path: str, entry: entries.ShardedTensorEntry) -> DTensorEntry | ShardedTensorEntry:
+    sharding = entry.sharding
+    shards = [
+        Shard(list(box.offsets), list(box.sizes), _view_of_region(path, entry, list(box.sizes)))
+        for boxes in sharding.regions(entry.shape)
+        for box in boxes
+    ]
+    if sharding.placements is None:
+        return ShardedTensorEntry(shards)
+    mesh: MeshRanks = list(sharding.mesh_ranks)
+    for size in reversed(sharding.mesh_shape[1:]):
+        mesh = [mesh[start : start + size] for start in range(0, len(mesh), size)]
+    dim_map = [
+        [mesh_dim for mesh_dim, placement in enumerate(sharding.placements) if placement.dim == dim] or [-1]
+        for dim in range(len(entry.shape))
+    ]
+    return DTensorEntry(shards, mesh, dim_map)
+
+
+def _view_of_region(
+    path: str, entry: entries.TensorEntry | entries.ShardedTensorEntry, sizes: list[int]
+) -> TensorEntry:
     dtype = entry.dtype if ":" in entry.dtype else f"torch.{entry.dtype}"
     return TensorEntry(path, "buffer_protocol", dtype, sizes, False)
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
-from torchsnapshot.entries import StoredManifest
+from torchsnapshot.entries import USER_METADATA, StoredManifest, ValueEntry
 from torchsnapshot.errors import FormatError, MissingBlobError, SnapshotNotFoundError
 from torchsnapshot.store.backend import Backend, StorageOptions
 from torchsnapshot.store.envelope import ManifestFile, TableReference
@@ -17,6 +18,7 @@ from torchsnapshot.store.keys import MANIFEST_FOLDER, SIGNPOST
 from torchsnapshot.store.locate import ancestors, open_backend
 from torchsnapshot.store.repository import ManifestRef, Repository
 from torchsnapshot.store.walk import manifests_in
+from torchsnapshot.values import decode
 
 UPSTREAM_HINT = (
     "Failed to read .snapshot_metadata. Ensure path to snapshot is correct, otherwise snapshot is likely incomplete or "
@@ -68,6 +70,17 @@ def open_snapshot(path: str, storage_options: StorageOptions | None = None) -> O
         )
     repository, name = found
     return Opened(repository, name, replace(newest, name=name), StoredManifest(data, repository.read_table, where))
+
+
+def user_metadata_beside_head(manifest: StoredManifest) -> dict[str, Any]:
+    """User metadata that was too large for the head; empty where there is none."""
+    entry = manifest.entries.get(f"0/{USER_METADATA}")
+    if not isinstance(entry, ValueEntry) or entry.data is None:
+        return {}
+    found = decode(entry.data)
+    if not isinstance(found, dict):
+        raise FormatError(f"{manifest.where}: user metadata is no dict")
+    return found
 
 
 def _stores_above(path: str, storage_options: StorageOptions | None) -> Iterator[tuple[Repository, str]]:

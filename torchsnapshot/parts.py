@@ -15,7 +15,7 @@ from torchsnapshot import values
 from torchsnapshot.entries import Entry, OpaqueEntry, StoredManifest, TensorEntry, ValueEntry
 from torchsnapshot.errors import MismatchError
 from torchsnapshot.flatten import find_targets, inflate, resolver
-from torchsnapshot.read_jobs import Sink
+from torchsnapshot.kinds import Resolve
 from torchsnapshot.reading import Reading, load_opaque
 from torchsnapshot.targets import Target, TargetFinder
 
@@ -27,16 +27,16 @@ class Part:
         entries: the entries of the part by path, without rank.
         prefix: the path of the part's root.
         current: what the application has at that place, or None.
+        resolve: gives classes by stored name; those that stand in ``current`` where None.
     """
 
-    def __init__(self, entries: Mapping[str, Entry], prefix: str, current: Any) -> None:
+    def __init__(self, entries: Mapping[str, Entry], prefix: str, current: Any, resolve: Resolve | None = None) -> None:
         self._entries = entries
         self._prefix = prefix
         self._current = current
         self._targets: dict[str, Target] = {}
         self._data: dict[str, bytes | bytearray] = {}
-        self._resolve = resolver(current)
-        self._sinks: dict[str, Sink] = {}
+        self._resolve = resolve or resolver(current)
 
     def opaque(self) -> list[tuple[str, str]]:
         """The values that only pickle can rebuild: (path, type name)."""
@@ -50,14 +50,9 @@ class Part:
                 target = finder.find(path, entry, current.get(path))
                 if target is not None:
                     self._targets[path] = target
-                    self._sinks[path] = work.add_tensor(path, entry, target)
+                    work.add_tensor(path, entry, target)
             elif isinstance(entry, (ValueEntry, OpaqueEntry)):
                 self._data[path] = work.add_bytes(path, entry)
-
-    def finish(self) -> None:
-        """Convert what has another dtype, and tell autograd what changed."""
-        for path, target in self._targets.items():
-            target.finish(written=self._sinks[path].written)
 
     def leaf(self, path: str, entry: Entry) -> Any:
         """The restored tensor, value or object at a path."""

@@ -170,7 +170,7 @@ def plan_take(nodes: Mapping[str, Node], previous: Previous, chunk_nbytes: int, 
     return TakePlan(
         leaves,
         [chunk for chunk in chunks if chunk.nbytes >= small_nbytes],
-        list(_groups(chunk for chunk in chunks if chunk.nbytes < small_nbytes)),
+        list(grouped(chunk for chunk in chunks if chunk.nbytes < small_nbytes)),
         sum(chunk.nbytes for chunk in chunks) + inline_nbytes,
     )
 
@@ -210,7 +210,8 @@ def _cut(
     ]
 
 
-def _groups(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
+def grouped(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
+    """Small chunks in groups of at most ``GROUP_NBYTES``, in their order."""
     group: list[Chunk] = []
     nbytes = 0
     for chunk in chunks:

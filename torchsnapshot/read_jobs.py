@@ -42,14 +42,13 @@ class Memory(Protocol):
 class Sink:
     """Where the chunks of one leaf go.
 
-    ``is_own``: the memory was the application's before. ``looks``: comparing before reading may pay. It ends with the
-    first chunks that differ, as what one step changed it mostly changed everywhere.
+    ``looks``: comparing before reading may pay. It ends with the first chunks that differ, as what one step changed it
+    mostly changed everywhere.
     """
 
     path: str
     memory: Memory
     looks: bool = False
-    is_own: bool = False
     written: bool = False
     _balance: int = 0
 

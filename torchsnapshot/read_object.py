@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torchsnapshot.entries import ContainerEntry, StoredManifest, TensorEntry, ValueEntry
+from torchsnapshot.entries import ContainerEntry, StoredManifest, ValueEntry
 from torchsnapshot.errors import PickleRefusedError, SnapshotError
 from torchsnapshot.live_state import find
 from torchsnapshot.opening import Opened
@@ -23,8 +23,9 @@ def read_object(opened: Opened, path: str, target: Any, budget_nbytes: int | Non
     with reading(opened.repository, opened.name):
         manifest = still_committed(opened)
         stored, inside = _locate(manifest, path)
-        current = target if isinstance(manifest.entries[stored], TensorEntry) else None
-        value = _read(opened, manifest, stored.partition("/")[2], current, budget_nbytes, allow_pickle)
+        value = _read(
+            opened, manifest, stored.partition("/")[2], None if inside else target, budget_nbytes, allow_pickle
+        )
     if not inside:
         return value
     try:
@@ -69,5 +70,4 @@ def _read(
     work = Reading(opened.repository, manifest, Stats())
     gather([part], work, manifest)
     work.run(budget_nbytes)
-    part.finish()
     return part.build()

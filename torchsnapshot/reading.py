@@ -48,10 +48,10 @@ class Reading:
         self._manifest = manifest
         self.stats = stats
         self._wanted: dict[tuple[bytes, int], tuple[ChunkRef, Wanted]] = {}
-        self._sinks: list[Sink] = []
+        self._leaves: list[tuple[Sink, Target]] = []
         self._inline: list[tuple[Sink, Box, bytes]] = []
 
-    def add_tensor(self, path: str, entry: TensorEntry, target: Target) -> Sink:
+    def add_tensor(self, path: str, entry: TensorEntry, target: Target) -> None:
         """Want a tensor.
 
         Args:
@@ -63,9 +63,9 @@ class Reading:
             FormatError: the entry does not fit its chunks or its dtype.
         """
         # memory of the application may hold the bytes already
-        sink = Sink(path, target.view, looks=target.is_own and target.staging is None, is_own=target.is_own)
+        sink = Sink(path, target.view, looks=target.is_written_in_place)
         itemsize = target.view.itemsize
-        self._sinks.append(sink)
+        self._leaves.append((sink, target))
         whole = grid.whole(entry.memory_shape)
         if entry.nbytes != whole.numel * itemsize:
             raise FormatError(
@@ -76,7 +76,6 @@ class Reading:
         for shard in entry.shards:
             pieces = [piece for box in shard.boxes for piece in grid.cut(box, entry.cell, itemsize)]
             self._want(sink, shard.span, pieces)
-        return sink
 
     def add_bytes(self, path: str, entry: ValueEntry | OpaqueEntry) -> bytes | bytearray:
         """Want the bytes of a value or pickle; what is returned is filled once ``run`` has returned."""
@@ -105,38 +104,48 @@ class Reading:
             self.stats.state_nbytes += piece.nbytes
 
     def run(self, budget_nbytes: int | None = None) -> None:
-        """Read everything that was added.
+        """Read everything that was added, convert what has another dtype, and tell autograd what changed.
 
         Args:
             budget_nbytes: bytes of buffers at most; None: what the environment says.
 
         Raises:
             CorruptionError, StoreError: the application's own memory has not been written to.
-            PartialRestoreError: the same, but some of it has.
+            PartialRestoreError: whatever went wrong, some of it has.
         """
-        reader = ChunkReader(self._repository)
-        jobs = list(read_jobs(self._wanted.values(), reader, Counters(self.stats)))
-        # a job that fails must not have been preceded by writes that nothing needed to precede
+        num_converted = 0
         try:
-            for sink, box, data in self._inline:
-                sink.written = True
-                sink.memory.scatter(box, memoryview(data))
-            if jobs:
-                run = submit(
-                    jobs,
-                    num_workers=max(knobs.get_num_threads(), self._repository.backend.concurrency),
-                    budget=budget_nbytes or knobs.get_memory_budget_bytes(),
-                    mode=Mode.THROUGH,
-                )
-                run.wait()
-        except SnapshotError as error:
-            written = sum(sink.written and sink.is_own for sink in self._sinks)
-            if not written:
+            self._read(budget_nbytes)
+            for _, target in self._leaves:
+                target.convert()
+                num_converted += target.is_own and target.staging is not None
+        except Exception as error:
+            num_written = num_converted + sum(
+                sink.written for sink, target in self._leaves if target.is_written_in_place
+            )
+            if not num_written:
                 raise
             raise PartialRestoreError(
-                f"the restore failed after it had written to {written} of {len(self._sinks)} tensors: the target is "
-                f"now a mix of old and new values; restore a snapshot that verifies before going on. {error}"
+                f"the restore failed after it had written to {num_written} of {len(self._leaves)} tensors: the target "
+                f"is now a mix of old and new values; restore a snapshot that verifies before going on. {error}"
             ) from error
+        finally:
+            for sink, target in self._leaves:
+                if sink.written and target.is_written_in_place:
+                    target.note_write()
+
+    def _read(self, budget_nbytes: int | None) -> None:
+        jobs = list(read_jobs(self._wanted.values(), ChunkReader(self._repository), Counters(self.stats)))
+        for sink, box, data in self._inline:
+            sink.written = True
+            sink.memory.scatter(box, memoryview(data))
+        if jobs:
+            submit(
+                jobs,
+                num_workers=max(knobs.get_num_threads(), self._repository.backend.concurrency),
+                budget=budget_nbytes or knobs.get_memory_budget_bytes(),
+                mode=Mode.THROUGH,
+            ).wait()
 
 
 def load_opaque(path: str, type_name: str, data: bytes | bytearray) -> Any:

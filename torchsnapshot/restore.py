@@ -20,15 +20,16 @@ import torch
 from torchsnapshot import history
 from torchsnapshot.app_state import random_state_kept
 from torchsnapshot.composites import COMPOSITE_KINDS
-from torchsnapshot.entries import ContainerEntry, Entry, StoredManifest, ValueEntry, escape, unescape
+from torchsnapshot.entries import USER_METADATA, ContainerEntry, Entry, StoredManifest, ValueEntry, escape, unescape
 from torchsnapshot.errors import (
     AbsentStateError,
     MismatchError,
-    PartialRestoreError,
     PickleRefusedError,
     SnapshotNotFoundError,
 )
-from torchsnapshot.live_state import find, lay_over, leaves_of
+from torchsnapshot.flatten import resolver
+from torchsnapshot.live_state import lay_over, leaves_of
+from torchsnapshot.loading import load
 from torchsnapshot.opening import Opened
 from torchsnapshot.parts import Part, entries_below, gather
 from torchsnapshot.reading import Reading
@@ -85,7 +86,8 @@ def check_key(manifest: StoredManifest, key: str) -> str:
     """
     path = escape(key)
     if f"0/{path}" not in manifest.entries:
-        known = sorted(unescape(root.partition("/")[2]) for root in manifest.roots)
+        roots = [root.partition("/")[2] for root in manifest.roots]
+        known = sorted(unescape(root) for root in roots if root != USER_METADATA)
         raise AbsentStateError(f"{key} is absent in both manifest and flattened. The snapshot has: {', '.join(known)}.")
     return path
 
@@ -112,13 +114,12 @@ def _restore_whole(
         gather(wanted.values(), work, manifest, options.device)
     with stats.phase("read"):
         work.run()
-        for part in wanted.values():
-            part.finish()
     with stats.phase("load"):
         for key, part in wanted.items():
-            _load(key, statefuls[key], part.build(), options.strict)
+            load(key, statefuls[key], part.build(), options.strict)
     if refused:
         raise PickleRefusedError(refusal(refused, list(wanted)))
+    history.note_commit_time(opened.repository.store_id, manifest.head.created_ms)
     history.remember(opened.repository.store_id, history.Remembered.of_manifest(manifest))
 
 
@@ -133,7 +134,8 @@ def _restore_part(
     states = {escape(key): state for key, state in _read_states(statefuls, stats).items()}
     with stats.phase("plan"):
         leaves = list(_leaf_entries(manifest))
-        values = {path: Part(entries, path, None) for path, entries in leaves if _is_value(entries, path)}
+        resolve = resolver(*states.values())
+        values = {path: Part(entries, path, None, resolve) for path, entries in leaves if _is_value(entries, path)}
         first = Reading(opened.repository, manifest, stats)
         gather(values.values(), first, manifest)
         first.run()
@@ -141,11 +143,12 @@ def _restore_part(
         for path, part in values.items():
             for leaf, value in leaves_of(path, part.build()):
                 _place(selection.target_of(leaf), value, states, replacements)
+        current = dict(chain.from_iterable(leaves_of(key, state) for key, state in states.items()))
         parts: dict[str, Part] = {}
         for path, entries in leaves:
             target = None if _is_value(entries, path) else selection.target_of(path)
             if target is not None and _place(target, None, states, replacements):
-                parts[target] = Part(entries, path, _current(states, target))
+                parts[target] = Part(entries, path, current.get(target))
         selection.check()
         _check_places(states, replacements)
         refused = {path: part.opaque() for path, part in parts.items() if part.opaque() and not options.allow_pickle}
@@ -157,12 +160,11 @@ def _restore_part(
         work.run()
     with stats.phase("load"):
         for target, part in parts.items():
-            part.finish()
             replacements[target] = part.build()
         for key, stateful in statefuls.items():
             state, placed = lay_over(escape(key), states[escape(key)], replacements)
             if placed:
-                _load(key, stateful, state, options.strict)
+                load(key, stateful, state, options.strict)
 
 
 def _leaf_entries(manifest: StoredManifest) -> Iterator[tuple[str, dict[str, Entry]]]:
@@ -170,6 +172,8 @@ def _leaf_entries(manifest: StoredManifest) -> Iterator[tuple[str, dict[str, Ent
     inside: str | None = None
     for stored, entry in manifest.walk():
         path = stored.partition("/")[2]
+        if path == USER_METADATA:
+            continue
         if inside is not None and path.startswith(inside):
             continue
         inside = None
@@ -193,14 +197,6 @@ def _place(target: str | None, value: Any, states: Mapping[str, Any], replacemen
     return True
 
 
-def _current(states: Mapping[str, Any], target: str) -> Any:
-    key, *components = target.split("/")
-    try:
-        return find(states[key], components)
-    except KeyError:
-        return None
-
-
 def _check_places(states: Mapping[str, Any], replacements: Mapping[str, Any]) -> None:
     placed: set[str] = set()
     for key, state in states.items():
@@ -222,36 +218,3 @@ def refusal(refused: Mapping[str, list[tuple[str, str]]], restored: list[str]) -
             f"{others} If you trust this snapshot, pass allow_pickle=True or set TORCHSNAPSHOT_ALLOW_PICKLE=1.",
         ]
     )
-
-
-def _load(key: str, stateful: Stateful, state: Any, strict: bool) -> None:
-    """Hand the state to its object.
-
-    Raises:
-        PartialRestoreError: the object refused it; its tensors have been written by then.
-    """
-    try:
-        if isinstance(stateful, torch.nn.Module):
-            # what is on the meta device has no memory to copy into
-            is_meta = any(tensor.is_meta for tensor in chain(stateful.parameters(), stateful.buffers()))
-            stateful.load_state_dict(state, strict=strict, assign=is_meta)
-        else:
-            stateful.load_state_dict(state)
-    except Exception as error:
-        raise PartialRestoreError(
-            f"{key}: {type(stateful).__name__}.load_state_dict failed, after tensors had been written: the target is "
-            f"now a mix of old and new values. {type(error).__name__}: {error}"
-        ) from error
-    if isinstance(stateful, torch.optim.Optimizer):
-        _put_back_casts(stateful, state)
-
-
-def _put_back_casts(optimizer: torch.optim.Optimizer, state: Any) -> None:
-    """Put back what ``Optimizer.load_state_dict`` casts to its parameter's dtype: fp32 state of bf16 parameters."""
-    for saved_group, group in zip(state["param_groups"], optimizer.param_groups, strict=True):
-        for saved, parameter in zip(saved_group["params"], group["params"], strict=True):
-            current = optimizer.state.get(parameter, {})
-            for name, value in state["state"].get(saved, {}).items():
-                cast = current.get(name)
-                if isinstance(value, torch.Tensor) and isinstance(cast, torch.Tensor) and cast.dtype != value.dtype:
-                    current[name] = value.to(cast.device)

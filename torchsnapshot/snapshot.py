@@ -19,7 +19,7 @@ from torchsnapshot.chunks import Encoding
 from torchsnapshot.errors import SnapshotError, SnapshotNotFoundError
 from torchsnapshot.event_handlers import logged_action
 from torchsnapshot.manifest import Entry, SnapshotMetadata, view
-from torchsnapshot.opening import Opened, open_snapshot
+from torchsnapshot.opening import Opened, open_snapshot, user_metadata_beside_head
 from torchsnapshot.read_object import read_object, read_state_dict
 from torchsnapshot.restore import RestoreOptions, restore
 from torchsnapshot.stats import Stats
@@ -272,7 +272,7 @@ class Snapshot:
     @property
     def user_metadata(self) -> dict[str, Any]:
         """What was given to ``take``."""
-        return dict(self.head.user_metadata)
+        return dict(self.head.user_metadata) or user_metadata_beside_head(self._open().manifest)
 
     def _open(self) -> Opened:
         if self._opened is None:

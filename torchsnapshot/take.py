@@ -21,6 +21,7 @@ from torchsnapshot.entries import MAX_INLINE_NBYTES, USER_METADATA, StoredManife
 from torchsnapshot.flatten import Node
 from torchsnapshot.opening import Opened
 from torchsnapshot.plan import SMALL_CHUNK_NBYTES, TakePlan, build_entries, plan_take
+from torchsnapshot.repack import lonely_chunks, move
 from torchsnapshot.stateful import Stateful
 from torchsnapshot.stats import Stats
 from torchsnapshot.store.backend import StorageOptions
@@ -29,7 +30,7 @@ from torchsnapshot.store.known import Known, known_for_take
 from torchsnapshot.store.leases import TakeSession, start_take
 from torchsnapshot.store.locate import place_for_take
 from torchsnapshot.store.repository import Repository
-from torchsnapshot.take_jobs import ChunkJob, GroupJob, PackLiveness
+from torchsnapshot.take_jobs import ChunkJob, GroupJob
 from torchsnapshot.values import encode
 from torchsnapshot.version import __version__
 
@@ -83,6 +84,7 @@ class _Work:
 
     session: TakeSession
     parent: history.Remembered
+    previous: history.Remembered
     known: Known
     plan: TakePlan
     writer: ChunkWriter
@@ -123,8 +125,7 @@ class Take:
             small_nbytes = 0 if knobs.is_batching_disabled() else min(SMALL_CHUNK_NBYTES, chunk_nbytes)
             plan = plan_take(nodes, previous, chunk_nbytes, small_nbytes)
             writer = ChunkWriter(repository, session.take_id, 0, self._options.encoding)
-            liveness = PackLiveness(plan.groups, known)
-        jobs: list[ChunkJob | GroupJob] = [GroupJob(group, known, writer, liveness) for group in plan.groups]
+        jobs: list[ChunkJob | GroupJob] = [GroupJob(group, known, writer) for group in plan.groups]
         jobs.extend(ChunkJob(chunk, known, writer) for chunk in plan.large)
         with stats.phase("stage" if in_background else "write"):
             run = self._run = submit(
@@ -136,7 +137,7 @@ class Take:
                 mode=Mode.STAGE_FIRST if in_background else Mode.THROUGH,
             )
             run.wait_staged() if in_background else run.wait()
-        self._work = _Work(session, parent, known, plan, writer, run)
+        self._work = _Work(session, parent, previous, known, plan, writer, run)
 
     def commit(self) -> Opened:
         """Wait until every blob is durable, put the manifest, commit.
@@ -151,12 +152,18 @@ class Take:
             raise AssertionError("commit() before begin()")
         with self.stats.phase("write"):
             work.run.wait()
+            lonely = lonely_chunks(work.plan)
+            if lonely and not work.previous.equals(work.plan):
+                move(lonely, self.repository, work.writer)
         with self.stats.phase("commit"):
+            # takes of one path commit in the order of their starts, and so do their commit times
+            work.session.wait_turn()
             data = self._manifest(work)
             ref = work.session.commit(data)
-        work.known.learn(work.writer.refs)
+        take_id = work.session.take_id
+        work.known.learn(work.writer.refs, take_id)
+        history.remember(self.repository.store_id, history.Remembered.of_plan(take_id, work.plan))
         manifest = StoredManifest(data, self.repository.read_table)
-        history.remember(self.repository.store_id, history.Remembered.of_plan(work.session.take_id, work.plan))
         return Opened(self.repository, self.name, ref, manifest)
 
     def _manifest(self, work: _Work) -> bytes:
@@ -177,7 +184,7 @@ class Take:
         head = Head(
             take_id=work.session.take_id,
             store_id=self.repository.store_id,
-            created_ms=work.session.commit_time_ms(),
+            created_ms=history.next_commit_time(self.repository.store_id, work.session.commit_time_ms()),
             parent=work.parent.take_id,
             world_size=1,
             state_nbytes=stats.state_nbytes,
@@ -198,6 +205,9 @@ class Take:
         """Stop what still runs and drop the lease. May be called at any point, more than once."""
         if self._run is not None and not self._run.done:
             self._run.cancel()
+            if self._session is not None and not (self._run.done or self.repository.backend.is_local):
+                # a second Ctrl-C came before the workers had ended
+                self._session.requests.unanswered = True
         if self._session is not None:
             self._session.close()
         # staged bytes and tensors must not live as long as a handle that the caller keeps

@@ -1,7 +1,8 @@
 """The units of work of a take, as the engine carries them: one large chunk, or one group of small ones.
 
 What lives here: compare → stage → digest → known? → put, for one unit. What doesn't: the order of a take's steps
-(``take``), what is cut how (``plan``), how bytes are stored, and that one content is stored once (``chunks``).
+(``take``), what is cut how (``plan``), how bytes are stored, and that one content is stored once (``chunks``), what
+becomes of packs that are hardly used any more (``repack``).
 
 Invariant: the digest that names a blob is computed over the very buffer that is encoded and put: copy, digest of the
 copy, put. A digest of live memory only answers "is this what the last take stored here?"; where it isn't, the bytes
@@ -10,17 +11,13 @@ are copied and the copy is hashed. So a tensor that another thread changes meanw
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from torchsnapshot.buffers import Buffer
 from torchsnapshot.chunk_reader import digest_of
 from torchsnapshot.chunks import ChunkWriter
 from torchsnapshot.plan import Chunk
-from torchsnapshot.store.envelope import ChunkRef
 from torchsnapshot.store.known import Known
-
-PACK_LIVE_SHARE = 4
-"""A small chunk is written again when less than one part in this many of its pack is live for the take."""
 
 
 def _holds_still(chunk: Chunk, known: Known) -> bool:
@@ -63,74 +60,37 @@ class ChunkJob:
 class GroupJob:
     """Carries a group of small chunks; those that are new become one pack."""
 
-    def __init__(self, group: Sequence[Chunk], known: Known, writer: ChunkWriter, liveness: PackLiveness) -> None:
+    def __init__(self, group: Sequence[Chunk], known: Known, writer: ChunkWriter) -> None:
         self.nbytes = sum(chunk.nbytes for chunk in group)
         self._group = group
         self._known = known
         self._writer = writer
-        self._liveness = liveness
-        self._staged: list[tuple[Chunk, int, bool]] = []
+        self._staged: list[tuple[Chunk, int]] = []
 
     def stage(self, buffer: Buffer | None) -> bool:
-        """Compare each member with the last take; copy what differs, and what sits in a pack that is hardly used."""
+        """Compare each member with the last take; copy what differs."""
         assert buffer is not None
-        differing = [chunk for chunk in self._group if not _holds_still(chunk, self._known)]
-        lonely = self._liveness.lonely(self._group)
         memory = buffer.memory(self.nbytes)
         offset = 0
-        for chunk in [*differing, *lonely]:
-            chunk.source.stage(chunk.piece.box, memory[offset : offset + chunk.nbytes])
-            self._staged.append((chunk, offset, chunk.ref is not None))
-            offset += chunk.nbytes
+        for chunk in self._group:
+            if not _holds_still(chunk, self._known):
+                chunk.source.stage(chunk.piece.box, memory[offset : offset + chunk.nbytes])
+                self._staged.append((chunk, offset))
+                offset += chunk.nbytes
         return bool(self._staged)
 
     def finish(self, buffer: Buffer | None) -> None:
-        """Hash the copies and put those that are new, and those that are written again, as one pack."""
+        """Hash the copies and put those that are new as one pack."""
         assert buffer is not None
         memory = buffer.memory(self.nbytes)
         new = []
-        for chunk, offset, is_written_again in self._staged:
+        for chunk, offset in self._staged:
             raw = memory[offset : offset + chunk.nbytes]
             digest = digest_of(raw)
-            chunk.ref = None if is_written_again else self._known.lookup(digest, chunk.nbytes)
+            chunk.ref = self._known.lookup(digest, chunk.nbytes)
             if chunk.ref is None:
                 new.append((chunk, (digest, raw, chunk.width)))
         if new:
             refs = self._writer.put_pack([member for _, member in new])
             for (chunk, _), ref in zip(new, refs, strict=True):
                 chunk.ref = ref
-
-
-class PackLiveness:
-    """How much of each pack is live: what the state referred to last time, corrected by what a group has found now.
-
-    Other groups are counted as unchanged: an upper bound, so that an unchanged state is never written again.
-    """
-
-    def __init__(self, groups: Iterable[Sequence[Chunk]], known: Known) -> None:
-        self._last: dict[str, dict[bytes, int]] = {}
-        for group in groups:
-            for chunk in group:
-                ref = None if chunk.previous is None else known.lookup(chunk.previous, chunk.nbytes)
-                if ref is not None and _is_packed(ref):
-                    self._last.setdefault(ref.key, {})[ref.digest] = ref.stored_nbytes
-
-    def lonely(self, group: Sequence[Chunk]) -> list[Chunk]:
-        """The members of a compared group that keep a pack alive of which too little is live."""
-        own = {chunk.previous for chunk in group}
-        packs: dict[str, list[Chunk]] = {}
-        for chunk in group:
-            if chunk.ref is not None and _is_packed(chunk.ref):
-                packs.setdefault(chunk.ref.key, []).append(chunk)
-        lonely: list[Chunk] = []
-        for key, members in packs.items():
-            refs = {chunk.ref.digest: chunk.ref for chunk in members if chunk.ref is not None}
-            elsewhere = sum(nbytes for digest, nbytes in self._last.get(key, {}).items() if digest not in own)
-            live = elsewhere + sum(ref.stored_nbytes for ref in refs.values())
-            if live * PACK_LIVE_SHARE < next(iter(refs.values())).blob_nbytes:
-                lonely.extend(members)
-        return lonely
-
-
-def _is_packed(ref: ChunkRef) -> bool:
-    return ref.stored_nbytes < ref.blob_nbytes

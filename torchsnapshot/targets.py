@@ -36,12 +36,19 @@ class Target:
     is_own: bool = False
     staging: Any = None
 
-    def finish(self, *, written: bool) -> None:
-        """Convert from staging where there is one, and tell autograd that the memory changed."""
+    @property
+    def is_written_in_place(self) -> bool:
+        """Whether ``view`` is memory of the application."""
+        return self.is_own and self.staging is None
+
+    def convert(self) -> None:
+        """Convert from staging, where there is one; torch tells autograd of that itself."""
         if self.staging is not None:
             convert_into(self.value, self.staging)
-        elif self.is_own and written:
-            bump_version(self.value)
+
+    def note_write(self) -> None:
+        """Tell autograd that the application's memory was written behind its back."""
+        bump_version(self.value)
 
 
 @dataclass(slots=True)
@@ -70,22 +77,23 @@ class TargetFinder:
         if tuple(current.shape) != entry.shape:
             self.mismatches.append(f"{path}: stored {list(entry.shape)}, target {list(current.shape)}")
             return None
-        if isinstance(current, torch.Tensor) and current.is_meta:
-            return self._new(entry, self.device)
-        name = name_of(current.dtype) if isinstance(current, torch.Tensor) else numpy_name(current.dtype)
+        is_tensor = isinstance(current, torch.Tensor)
+        device = None if not is_tensor else self.device if current.is_meta else current.device
+        name = name_of(current.dtype) if is_tensor else numpy_name(current.dtype)
         if name == entry.dtype:
             if can_write_in_place(current) and self._claims(current, entry):
                 return Target(current, target_view(current, entry.permutation), is_own=True)
-            return self._new(entry, getattr(current, "device", None))
+            return self._new(entry, device)
         obstacle = why_inconvertible(entry.dtype, current)
         if obstacle is not None:
             self.mismatches.append(f"{path}: {obstacle}")
             return None
         self.converted[path] = (entry.dtype, str(name))
         staging = self._new(entry)
-        if not _can_convert_in_place(current) or not self._claims(current, entry):
-            current = torch.empty_like(current) if isinstance(current, torch.Tensor) else current.copy()
-        return Target(current, staging.view, is_own=True, staging=staging.value)
+        if _can_convert_in_place(current) and self._claims(current, entry):
+            return Target(current, staging.view, is_own=True, staging=staging.value)
+        value = torch.empty_like(current, device=device) if is_tensor else current.copy()
+        return Target(value, staging.view, staging=staging.value)
 
     def _new(self, entry: TensorEntry, device: torch.device | None = None) -> Target:
         value = allocate(entry.dtype, entry.shape, entry.permutation, device, as_array=entry.wrapper == "numpy")
@@ -97,7 +105,9 @@ class TargetFinder:
         span = (device, *memory_span(current))
         if span[1] == span[2]:
             return True
-        content = (entry.dtype, entry.shape, entry.permutation, self.content(entry))
+        # the same memory in another order would be other elements
+        strides = current.stride() if isinstance(current, torch.Tensor) else current.strides
+        content = (entry.dtype, entry.shape, entry.permutation, strides, self.content(entry))
         if span in self._holders:
             return self._holders[span] == content
         place = bisect_left(self._spans, span)

@@ -17,7 +17,6 @@ from torchsnapshot.errors import (
     FormatError,
     LeaseLostError,
     ReadOnlyError,
-    SnapshotError,
     StoreFullError,
 )
 from torchsnapshot.store.clock import Clock
@@ -75,7 +74,7 @@ def commit_manifest(
         requests.put(ref.object, manifest)
     except Exception:
         # without its .ok it is no commit, and whatever of it has landed is only in the way
-        backend.delete([ref.object])
+        _discard(repository, ref)
         raise
     _check_alive_after(repository, ref)
     _put_ok(repository, ref, requests)
@@ -99,11 +98,7 @@ def _check_alive_after(repository: Repository, ref: ManifestRef) -> None:
         raise _unknown(repository, ref, "whether the take was called dead", error) from error
     if not dead:
         return
-    try:
-        repository.delete_manifest_files([ref])
-    except SnapshotError as error:
-        # it stays an uncommitted manifest: no reader opens it, gc reports it
-        logger.warning("could not remove the manifest of a lost take, %s in %s: %s", ref.object, repository.url, error)
+    _discard(repository, ref)
     raise _lease_lost(ref.name, take_id)
 
 
@@ -113,7 +108,8 @@ def _put_ok(repository: Repository, ref: ManifestRef, requests: Requests) -> Non
         requests.put(key, b"")
     except Exception as error:
         if repository.backend.is_local and isinstance(error, (StoreFullError, ReadOnlyError)):
-            _give_up(repository, ref)
+            # a local store has refused it before anything was written: the manifest goes too
+            _discard(repository, ref)
             raise
         try:
             repository.backend.stat(key)
@@ -123,11 +119,11 @@ def _put_ok(repository: Repository, ref: ManifestRef, requests: Requests) -> Non
         logger.info("the answer to the commit of %r in %s was lost, but it is there", ref.name, repository.url)
 
 
-def _give_up(repository: Repository, ref: ManifestRef) -> None:
-    """A local store refused the ``.ok`` before anything was written: the manifest goes too."""
+def _discard(repository: Repository, ref: ManifestRef) -> None:
+    """Remove our own manifest. If that fails, it stays an uncommitted one: no reader opens it, gc reports it."""
     try:
         repository.delete_manifest_files([ref])
-    except SnapshotError as error:
+    except Exception as error:
         logger.warning("could not remove the uncommitted manifest %s in %s: %s", ref.object, repository.url, error)
 
 

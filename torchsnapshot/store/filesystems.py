@@ -16,6 +16,7 @@ from torchsnapshot.errors import UnknownProtocolError
 from torchsnapshot.store.backend import StorageOptions
 from torchsnapshot.store.gcs_files import GcsFiles
 from torchsnapshot.store.other_files import OtherFiles
+from torchsnapshot.store.remote_errors import without_password
 from torchsnapshot.store.remote_files import RemoteFiles
 from torchsnapshot.store.s3_files import S3Files
 
@@ -47,7 +48,9 @@ def open_files(url: str, options: StorageOptions, *, num_connections: int) -> Re
     """
     protocol, separator, _ = url.partition("://")
     if not protocol or not separator or "::" in url:
-        raise UnknownProtocolError(f"{url}: not the URL of a store; chained filesystems (`a::b`) can't be one")
+        raise UnknownProtocolError(
+            f"{without_password(url)}: not the URL of a store; chained filesystems (`a::b`) can't be one"
+        )
     try:
         if protocol in GCS_PROTOCOLS:
             _import_gcsfs()
@@ -55,7 +58,9 @@ def open_files(url: str, options: StorageOptions, *, num_connections: int) -> Re
     except (ValueError, ImportError) as error:
         package = _INSTALL.get(protocol)
         cure = f"pip install {package}" if package else "install the fsspec filesystem that speaks it"
-        raise UnknownProtocolError(f"{url}: no filesystem for {protocol!r}: {error} ({cure})") from error
+        raise UnknownProtocolError(
+            f"{without_password(url)}: no filesystem for {protocol!r}: {error} ({cure})"
+        ) from error
     options = copy.deepcopy(options)  # clients change what they are given
     if protocol in S3_PROTOCOLS:
         config = dict(options.get("config_kwargs") or {})
@@ -112,7 +117,8 @@ def _instantiate(url: str, protocol: str, options: StorageOptions) -> tuple[Any,
     except (TypeError, KeyError) as error:
         names = ", ".join(sorted(map(str, options.keys() - {"skip_instance_cache"}))) or "none"
         raise ValueError(
-            f"{url}: the filesystem refuses the storage_options ({names} were given): {type(error).__name__}: {error}"
+            f"{without_password(url)}: the filesystem refuses the storage_options ({names} were given): "
+            f"{type(error).__name__}: {error}"
         ) from error
     return filesystem, path
 

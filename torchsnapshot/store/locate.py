@@ -13,23 +13,28 @@ Invariants:
 from __future__ import annotations
 
 import os
+import re
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torchsnapshot.errors import CredentialsError, KeyAbsentError, SnapshotNotFoundError
 from torchsnapshot.store.backend import Backend, StorageOptions
-from torchsnapshot.store.keys import MANIFEST_FOLDER, STORE_FOLDER
+from torchsnapshot.store.keys import MANIFEST_FOLDER, SIGNPOST, STORE_FOLDER
 from torchsnapshot.store.local import LocalBackend
 from torchsnapshot.store.mounts import Coherence, device_of, find_mount
 from torchsnapshot.store.remote import RemoteBackend
+from torchsnapshot.store.remote_errors import without_password
+from torchsnapshot.store.walk import SIGNPOST_BYTES
 
 CONFIG = f"{STORE_FOLDER}/config"
 STORE_VARIABLE = "TORCHSNAPSHOT_STORE"
 
 _LOCAL_PROTOCOLS = ("file", "local")
 _SAME_PROTOCOLS = {"gcs": "gs", "s3a": "s3"}
+_BUCKET_PROTOCOLS = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az")
+_ONE_SLASH = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)")
 _NESTED_DEPTH = 3
 _NESTED_FOLDERS = 64
 
@@ -64,6 +69,11 @@ class Location:
         return f"{self.base}/{'/'.join(self.parts)}" if self.parts or self.is_local else self.base
 
     @property
+    def shown(self) -> str:
+        """The path or URL for messages: without a password."""
+        return without_password(self.url)
+
+    @property
     def parent(self) -> Location:
         """The folder above; the topmost one is its own parent."""
         return Location(self.base, self.parts[:-1])
@@ -80,11 +90,20 @@ def parse(path: str | os.PathLike[str]) -> Location:
     """Take a path or URL apart; local paths are made absolute and their links resolved.
 
     Raises:
+        TypeError: it is neither a str nor a path.
         ValueError: the path can't be that of a store.
     """
-    text = os.fspath(path)
+    text = os.fspath(path) if isinstance(path, os.PathLike) else path
+    if not isinstance(text, str):
+        raise TypeError(f"a path must be a str or an os.PathLike, not {type(text).__name__}: {path!r}")
     if not text or "\0" in text:
         raise ValueError(f"not a path: {text!r}")
+    squeezed = _ONE_SLASH.match(text)
+    if squeezed is not None:
+        raise ValueError(
+            f"{text}: a URL has two slashes, {squeezed[1]}://… (pathlib makes one of them: pass URLs as str); a local "
+            f"folder of that name is ./{text}"
+        )
     protocol, separator, rest = text.partition("://")
     if not separator or protocol in _LOCAL_PROTOCOLS:
         local = os.path.realpath(rest if separator else text)
@@ -92,7 +111,9 @@ def parse(path: str | os.PathLike[str]) -> Location:
     bucket, _, folders = rest.partition("/")
     parts = tuple(part for part in folders.split("/") if part)
     if "." in parts or ".." in parts:
-        raise ValueError(f"{text}: '.' and '..' have no meaning in a URL")
+        raise ValueError(f"{without_password(text)}: '.' and '..' have no meaning in a URL")
+    if not bucket and protocol in _BUCKET_PROTOCOLS:
+        raise ValueError(f"{text}: names no bucket; write {protocol}://BUCKET/FOLDER")
     return Location(f"{protocol}://{bucket}", parts)
 
 
@@ -108,9 +129,14 @@ def open_backend(
 
     Raises:
         UnknownProtocolError, CredentialsError, StoreError.
+        TypeError: not a path, or options that are no dict.
         ValueError: not a path, or the filesystem refuses an option.
     """
     place = parse(url)
+    # whoever is not checked by mypy may pass anything
+    options: object = storage_options
+    if options is not None and not isinstance(options, Mapping):
+        raise TypeError(f"storage_options must be a dict, not {type(options).__name__}")
     if place.is_local:
         return LocalBackend(place.url, durable=durable)
     return RemoteBackend(place.url, storage_options)
@@ -137,11 +163,11 @@ def open_root(url: str | os.PathLike[str], storage_options: StorageOptions | Non
         return backend
     above = find_root(url, storage_options)
     cure = (
-        f"the store above it is {above.root_url}: name that"
+        f"the store above it is {without_password(above.root_url)}: name that"
         if above is not None
         else "name the folder that holds .torchsnapshot, usually the parent of the snapshots"
     )
-    raise SnapshotNotFoundError(f"{place.url}: no store is here ({CONFIG} is missing); {cure}")
+    raise SnapshotNotFoundError(f"{place.shown}: no store is here ({CONFIG} is missing); {cure}")
 
 
 def find_root(path: str | os.PathLike[str], storage_options: StorageOptions | None = None) -> Place | None:
@@ -168,7 +194,7 @@ def place_for_take(
 
     Raises:
         ValueError: ``store`` isn't above the path or lies on another device; or the take would lie inside another
-            snapshot's folder, or around other snapshots.
+            snapshot's folder, around other snapshots, in place of one of the old torchsnapshot, or below a file.
     """
     place = parse(path)
     root = _root_for_take(place, store, storage_options)
@@ -177,6 +203,8 @@ def place_for_take(
     found = Place(open_backend(root.url, storage_options, durable=durable), root.url, name)
     if place.is_local and find_mount(place.url).coherence is Coherence.BUCKET:
         raise ValueError(f"{place.url} is a bucket mounted as a folder: name the bucket itself (s3://…, gs://…)")
+    if place.is_local:
+        _check_folders(place)
     _check_surroundings(found, place)
     return found
 
@@ -188,7 +216,7 @@ def _root_for_take(
         root = parse(store)
         if place.name_below(root) is None:
             raise ValueError(
-                f"store={root.url!r} must be the snapshot's path ({place.url}) or a folder above it: gc looks for "
+                f"store={root.shown!r} must be the snapshot's path ({place.shown}) or a folder above it: gc looks for "
                 "snapshots below the store only"
             )
         if place.is_local and device_of(root.url) != device_of(place.url):
@@ -222,11 +250,11 @@ def _nearest_root(place: Location, storage_options: StorageOptions | None) -> Lo
             if os.path.lexists(os.path.join(folder.url, CONFIG)):
                 return folder
         return None
-    options = repr(sorted((storage_options or {}).items(), key=lambda item: item[0]))
     passed: list[Location] = []
     refused: CredentialsError | None = None
     answered = False
     with open_backend(place.base, storage_options) as bucket:
+        options = repr(sorted((storage_options or {}).items(), key=lambda item: item[0]))
         for folder in _candidates(place):
             known = _known_roots.get((options, folder.url))
             passed.append(folder)
@@ -278,43 +306,72 @@ def _may_be_shared(parent: str, path: str) -> bool:
     return device_of(path) == status.st_dev and os.access(parent, os.W_OK | os.X_OK)
 
 
+def _check_folders(place: Location) -> None:
+    """Refuse a path that is a file or lies below one, before anything is written."""
+    for folder in _candidates(place):
+        if os.path.isdir(folder.url):
+            return
+        if os.path.lexists(folder.url):
+            raise ValueError(
+                f"{place.url}: {folder.url} is a file, and a snapshot is a folder. Choose another path, or move that "
+                "file away"
+            )
+
+
 def _check_surroundings(found: Place, place: Location) -> None:
-    """Refuse a take inside another snapshot's folder, or around others: deleting one would delete the other."""
+    """Refuse a take that would harm another snapshot.
+
+    Inside another's folder or around others, deleting one would delete the other; in place of a snapshot of the old
+    torchsnapshot, the signpost would overwrite its metadata.
+    """
     parts = found.name.split("/") if found.name else []
     for num_parts in range(len(parts)):
         above = "/".join(parts[:num_parts])
         if _holds_manifests(found.backend, above):
             raise ValueError(
-                f"{place.url} lies inside the folder of the snapshot {found.root_url}/{above}: deleting that one would "
-                "delete this one. Choose a path outside of it"
+                f"{place.shown} lies inside the folder of the snapshot {_join(found.backend.url, above)}: deleting "
+                "that one would delete this one. Choose a path outside of it"
             )
-    nested = _nested_snapshot(found.backend, found.name)
+    here = found.backend.list_folder(found.name)
+    if MANIFEST_FOLDER not in here.folders and any(
+        info.key == _join(found.name, SIGNPOST) and info.nbytes != len(SIGNPOST_BYTES) for info in here.objects
+    ):
+        raise ValueError(
+            f"{place.shown} holds a snapshot of the old torchsnapshot, which this take would overwrite. Choose another "
+            "path, or remove that folder"
+        )
+    nested = _nested_snapshot(found.backend, found.name, here.folders)
     if nested is not None:
         raise ValueError(
-            f"{place.url} is a folder that holds snapshots already ({found.root_url}/{nested}): deleting the new one "
-            "would delete them. Choose a path beside or below them"
+            f"{place.shown} is a folder that holds snapshots already ({_join(found.backend.url, nested)}): deleting "
+            "the new one would delete them. Choose a path beside or below them"
         )
 
 
+def _join(folder: str, name: str) -> str:
+    return f"{folder.rstrip('/')}/{name}".rstrip("/") if folder else name
+
+
 def _holds_manifests(backend: Backend, folder: str) -> bool:
-    manifests = f"{folder}/{MANIFEST_FOLDER}" if folder else MANIFEST_FOLDER
-    return bool(backend.list_folder(manifests).objects)
+    return bool(backend.list_folder(_join(folder, MANIFEST_FOLDER)).objects)
 
 
-def _nested_snapshot(backend: Backend, folder: str) -> str | None:
-    """A snapshot that lies below ``folder``, if one is found soon; an early warning, not a search."""
-    level = [folder]
-    for _ in range(_NESTED_DEPTH):
+def _nested_snapshot(backend: Backend, folder: str, names: Iterable[str]) -> str | None:
+    """A snapshot that lies below ``folder``, which holds ``names``; an early warning, not a search."""
+    level = _below(folder, names)
+    for _ in range(_NESTED_DEPTH - 1):
         below: list[str] = []
         for each in level[:_NESTED_FOLDERS]:
             names = backend.list_folder(each).folders
-            if MANIFEST_FOLDER in names and each != folder and _holds_manifests(backend, each):
+            if MANIFEST_FOLDER in names and _holds_manifests(backend, each):
                 return each
-            below.extend(
-                f"{each}/{name}" if each else name for name in names if name not in (MANIFEST_FOLDER, STORE_FOLDER)
-            )
+            below += _below(each, names)
         level = below
     return None
+
+
+def _below(folder: str, names: Iterable[str]) -> list[str]:
+    return [_join(folder, name) for name in names if name not in (MANIFEST_FOLDER, STORE_FOLDER)]
 
 
 def _same_base(one: str, other: str) -> bool:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import os
 import random
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from torchsnapshot.errors import BucketNotFoundError, KeyAbsentError, KeyExistsE
 from torchsnapshot.store.backend import Backend, Buffer, Folder, ObjectInfo, StorageOptions, check_key
 from torchsnapshot.store.filesystems import open_files
 from torchsnapshot.store.parallel import parallel
-from torchsnapshot.store.remote_errors import is_taken, is_transient, translate
+from torchsnapshot.store.remote_errors import is_taken, is_transient, translate, without_password
 from torchsnapshot.store.remote_files import Page, RemoteFiles
 
 T = TypeVar("T")
@@ -74,7 +73,7 @@ class RemoteBackend(Backend):
         self, url: str, storage_options: StorageOptions | None = None, *, retry: RetryPolicy | None = None
     ) -> None:
         self._full_url = url.rstrip("/") if not url.endswith("://") else url
-        self.url = _without_password(self._full_url)
+        self.url = without_password(self._full_url)
         self._options = dict(storage_options or {})
         self._retry = retry or RetryPolicy()
         self._bucket_seen = False
@@ -293,7 +292,3 @@ def _is_object(info: ObjectInfo) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _without_password(url: str) -> str:
-    return re.sub(r"://([^/@:]*):[^/@]*@", r"://\1:***@", url)

@@ -7,6 +7,7 @@ apart by HTTP status, by the service's error code, and by the names of their cla
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Iterator
 
 from torchsnapshot.errors import (
@@ -125,9 +126,16 @@ def translate(error: Exception, url: str, action: str, key: str, *, writing: boo
     reason = f"{type(error).__name__}: {error}"
     if len(reason) > _MAX_REASON:
         reason = reason[:_MAX_REASON] + "…"
+    # clients quote URLs with all that is in them
+    reason = without_password(reason)
     message = f"{url}: {action} {key!r}: {reason}" if key else f"{url}: {action}: {reason}"
     cure = _CURES.get(kind)
     return kind(f"{message} ({cure})" if cure else message)
+
+
+def without_password(text: str) -> str:
+    """A message or URL in which no URL shows a password."""
+    return re.sub(r"://([^/@:\s]*):[^/@\s]*@", r"://\1:***@", text)
 
 
 def error_codes(error: BaseException) -> frozenset[str]:

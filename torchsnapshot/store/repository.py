@@ -18,6 +18,7 @@ Ordering rules. Each is one half of a promise that a reader or a collector relie
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -35,8 +36,10 @@ from torchsnapshot.errors import (
 from torchsnapshot.store.backend import Backend, Buffer
 from torchsnapshot.store.envelope import HEAD_READ_NBYTES, Head, read_head
 from torchsnapshot.store.keys import OK_SUFFIX, SIGNPOST, blob_object, new_id, parse_blob_key
+from torchsnapshot.store.local import LocalBackend
 from torchsnapshot.store.parallel import parallel
 from torchsnapshot.store.records import (
+    ALGORITHM_XXH3_128,
     BLOBS_FOLDER,
     CONFIG_OBJECT,
     DAMAGED_FOLDER,
@@ -104,7 +107,9 @@ class Repository:
             Config.unpack(fresh.pack())
             try:
                 backend.put(CONFIG_OBJECT, fresh.pack(), if_absent=True)
-                logger.info("created a store in %s: snapshots below it share their content", backend.url)
+                logger.info(
+                    "created a store in %s: snapshots below it share their content%s", backend.url, _alone(backend)
+                )
             except KeyExistsError:
                 pass
             config = _read_config(backend)
@@ -138,6 +143,11 @@ class Repository:
             raise NewerFormatError(
                 f"the store {self.url} is written by a newer version of the library (level {self.config.writer_level}, "
                 f"this one knows {WRITER_LEVEL}): upgrade it"
+            )
+        if self.config.algorithm != ALGORITHM_XXH3_128:
+            raise NewerFormatError(
+                f"new content of the store {self.url} is named by digest algorithm {self.config.algorithm}, which this "
+                "library does not know: upgrade it"
             )
 
     # blobs
@@ -352,6 +362,20 @@ def _blob(key: str) -> str:
     if parse_blob_key(key) is None:
         raise ValueError(f"not a blob key: {key!r}")
     return blob_object(key)
+
+
+def _alone(backend: Backend) -> str:
+    """A warning for the line about a new store: people who expected to share with the folder beside it do not."""
+    if not isinstance(backend, LocalBackend):
+        return ""  # what lies beside ROOT in a bucket is out of this backend's sight
+    try:
+        with os.scandir(os.path.dirname(backend.root)) as entries:
+            for entry in entries:
+                if entry.path != backend.root and os.path.isfile(os.path.join(entry.path, CONFIG_OBJECT)):
+                    return f"; nothing is shared with the store in {entry.path} (name one store with store= to share)"
+    except OSError:
+        pass  # it is only a hint
+    return ""
 
 
 def _read_config(backend: Backend) -> Config:

@@ -1,0 +1,294 @@
+"""A session over the process group's store: what all ranks share, and the part of every rank but 0.
+
+What lives here: the keys, entering, reporting and waiting for the answer. What doesn't: rank 0's part
+(``coordinator``), requests and threads (``links``).
+
+The keys, of which a session's own all carry a random name that rank 0 draws, so that nothing that an earlier session,
+process group or process left behind can be taken for this one's:
+
+=================================  ==================================================================================
+ts/GROUP/door/RANK                 a random number by which a rank asks to be let in; stays, overwritten by the next
+ts/GROUP/welcome/NUMBER            rank 0's answer: the session's name. A number of an earlier attempt is answered to
+                                   nobody, and does no harm
+ts/SESSION/s/RANK                  the rank's status, rewritten with every beat
+ts/SESSION/p/ROUND/RANK/PART       what the rank sends in a round
+ts/SESSION/v/ROUND[/RANK]/PART     rank 0's answer
+ts/SESSION/e/RANK/PART             the traceback of a rank that failed
+ts/SESSION/f/PART                  rank 0's verdict that the session failed, and where
+=================================  ==================================================================================
+
+A rank reads one small key while it waits, rank 0's status: it says that rank 0 lives, which round is answered, whether
+the session failed.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from torchsnapshot.links import Client, KeyValueStore, Link, part_keys, parts
+from torchsnapshot.messages import (
+    CoordinationLost,
+    Stage,
+    Status,
+    pack,
+    rank_error,
+    traceback_text,
+    unpack_failures,
+)
+from torchsnapshot.sessions import Decide, Limits, Pace, Session, is_own_error
+
+T = TypeVar("T")
+
+MAX_KEPT_BEATS = 2
+"""Of a longer time in which this process itself did not look, only so many beats count as silence of the others."""
+
+
+@dataclass(slots=True)
+class Peer:
+    """What a rank has seen of another one's status."""
+
+    status: Status | None = None
+    silent: float = 0.0
+    """Seconds without a change."""
+    looked: float = 0.0
+    """When it was looked at last, monotonic."""
+    nonce: bytes = b""
+    """The number that the rank was let in by, or asked by last."""
+
+    def see(self, status: Status | None, beat: float) -> None:
+        """Take note of what its status is now."""
+        now = time.monotonic()
+        if status != self.status:
+            self.silent = 0.0
+        else:
+            # this process may have been stopped for a while, and not the other
+            self.silent += min(now - self.looked, MAX_KEPT_BEATS * beat)
+        self.status, self.looked = status, now
+
+
+class StoreSession(Session):
+    """What rank 0 and the others share.
+
+    Args:
+        rank: this process's rank in the group.
+        global_ranks: the global rank of each rank of the group.
+        connect: makes a client of the store for this session alone.
+        group_name: the same on every rank of the group, and no other group's on this store.
+        limits: how long to wait.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        global_ranks: Sequence[int],
+        connect: Callable[[], KeyValueStore],
+        group_name: str,
+        limits: Limits,
+    ) -> None:
+        self.rank = rank
+        self.world_size = len(global_ranks)
+        self.global_ranks = tuple(global_ranks)
+        self._limits = limits
+        self._group = f"ts/{group_name}"
+        self._base = ""
+        self._status = Status()
+        self._over = False
+        self._failures: dict[int, str] | None = None  # set by the link's thread
+        self._link = Link(connect, name=f"torchsnapshot-link-{rank}")
+        self.stats = self._link.stats
+
+    def round(self, name: str, value: bytes, decide: Decide) -> bytes:
+        """Send this rank's value, get rank 0's answer."""
+        self.check()
+        try:
+            return self._round(name, value, decide)
+        except CoordinationLost as lost:
+            raise self._lose(lost) from lost
+
+    def check(self) -> None:
+        """Raise if the session has failed."""
+        if self._failures is not None:
+            error = rank_error(self._failures, self.global_ranks, None)
+            self._end_failed()
+            raise error
+        if self._over:
+            raise RuntimeError("this session has ended")
+
+    @abstractmethod
+    def _round(self, name: str, value: bytes, decide: Decide) -> bytes:
+        """``round``, where a lost store or peer is a ``CoordinationLost``."""
+
+    @abstractmethod
+    def _end_failed(self) -> None:
+        """Leave a session that is known to have failed."""
+
+    def _lose(self, lost: CoordinationLost) -> BaseException:
+        """End the session on this rank because nothing can be heard any more; returns what to raise."""
+        self._close()
+        return rank_error(self._failures or {0: f"lost: {lost}"}, self.global_ranks, None)
+
+    def _own_error(self, error: BaseException) -> BaseException:
+        """What this rank raises for an error of its own."""
+        if is_own_error(error):
+            return error
+        return rank_error({self.rank: traceback_text(error)}, self.global_ranks, error)
+
+    def _call(self, function: Callable[[Client], T]) -> T:
+        return self._link.call(function, self._limits.silence)
+
+    def _put(self, key: str, data: bytes) -> None:
+        """Store a value of any size, with beats in between."""
+        for name, part in parts(key, data):
+            self._call(lambda client, name=name, part=part: client.set(name, part))  # type: ignore[misc]
+
+    def _set_status(self, client: Client, status: Status) -> None:
+        """Runs in the link's thread, like all that changes the status."""
+        self._status = replace(status, beat=self._status.beat + 1)
+        client.set(self._status_key(self.rank), self._status.pack())
+
+    def _status_key(self, rank: int) -> str:
+        return f"{self._base}/s/{rank}"
+
+    def _door_key(self, rank: int) -> str:
+        return f"{self._group}/door/{rank}"
+
+    def _welcome_key(self, nonce: str) -> str:
+        return f"{self._group}/welcome/{nonce}"
+
+    def _close(self) -> None:
+        self._over = True
+        self._link.close()
+
+
+class MemberSession(StoreSession):
+    """The part of every rank but 0. Making one waits until rank 0 has entered its session of the same group.
+
+    Raises:
+        RankError: rank 0 did not come.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        global_ranks: Sequence[int],
+        connect: Callable[[], KeyValueStore],
+        group_name: str,
+        limits: Limits,
+    ) -> None:
+        super().__init__(rank, global_ranks, connect, group_name, limits)
+        self._coordinator = Peer(looked=time.monotonic())
+        self._reported = False
+        try:
+            self._enter()
+        except CoordinationLost as lost:
+            raise self._lose(lost) from lost
+        except BaseException:
+            self._close()
+            raise
+
+    def _enter(self) -> None:
+        nonce = os.urandom(12).hex()
+        self._call(lambda client: client.set(self._door_key(self.rank), nonce.encode()))
+        pace, start = Pace(self.world_size), time.monotonic()
+        while (name := self._call(lambda client: self._read_welcome(client, nonce))) is None:
+            if time.monotonic() - start > self._limits.entering:
+                raise CoordinationLost(f"has not entered within {self._limits.entering:g} s")
+            pace.pause()
+        self._base = f"ts/{name}"
+        self._link.start_beating(self._beat, self._limits.beat, self._limits.silence)
+
+    def _read_welcome(self, client: Client, nonce: str) -> str | None:
+        key = self._welcome_key(nonce)
+        if not client.has_all([key]):
+            return None
+        (name,) = client.get_many([key])
+        client.delete([key])
+        return name.decode()
+
+    def _beat(self, client: Client) -> None:
+        if self._failures is None:
+            self._set_status(client, self._status)
+            self._look(client)
+
+    def _look(self, client: Client) -> None:
+        """See what rank 0 says. Runs in the link's thread."""
+        if self._failures is not None:
+            return
+        (data,) = client.get_many([self._status_key(0)])
+        status = Status.unpack(data)
+        self._coordinator.see(status, self._limits.beat)
+        if status.stage is Stage.FAILED:
+            (verdict,) = client.get_values([f"{self._base}/f"])
+            failures = unpack_failures(verdict)
+            self._set_status(client, replace(self._status, stage=Stage.LEFT))
+            self._failures = failures
+
+    def _round(self, name: str, value: bytes, decide: Decide) -> bytes:
+        number = self._status.round + 1
+        key = f"{self._base}/p/{number}/{self.rank}"
+        self._put(key, value)
+        self._reported = True  # from here on, whether rank 0 has heard it or not
+        self._call(lambda client: self._set_status(client, replace(self._status, round=number, name=name)))
+        status = self._wait_answer(number)
+        answer_key = f"{self._base}/v/{number}" + (f"/{self.rank}" if status.individual else "")
+        (answer,) = self._call(lambda client: client.get_values([answer_key]))
+        self._call(lambda client: client.delete(part_keys(key, len(value))))
+        self._reported = False
+        return answer
+
+    def _wait_answer(self, number: int) -> Status:
+        pace = Pace(self.world_size)
+        while True:
+            self._call(self._look)
+            self.check()
+            status = self._coordinator.status
+            if status is not None and status.round >= number:
+                return status
+            if self._coordinator.silent > self._limits.silence:
+                raise CoordinationLost(f"no sign of life for {self._coordinator.silent:.0f} s")
+            pace.pause()
+
+    def finish(self, value: bytes, decide: Decide, name: str = "finish") -> bytes:
+        """The last round."""
+        self.check()
+        try:
+            answer = self._round(name, value, decide)
+        except CoordinationLost as lost:
+            if not self._reported or self._failures is not None:
+                raise self._lose(lost) from lost
+            self._close()
+            raise CoordinationLost(f"rank 0: {lost}", reported=True) from lost
+        self._depart()
+        return answer
+
+    def fail(self, error: BaseException) -> BaseException:
+        """End the session on every rank because of this rank's error."""
+        raised = self._own_error(error)
+        if not self._over:
+            try:
+                self._put(f"{self._base}/e/{self.rank}", pack(traceback_text(error)))
+                self._call(lambda client: self._set_status(client, replace(self._status, stage=Stage.FAILED)))
+            except CoordinationLost:
+                pass  # then the others have lost rank 0 or the store as well
+            self._close()
+        return raised
+
+    def leave(self) -> None:
+        """End the session without a last round."""
+        if not self._over:
+            self._depart()
+
+    def _end_failed(self) -> None:
+        self._close()  # the link has told rank 0 that this rank knows
+
+    def _depart(self) -> None:
+        try:
+            self._call(lambda client: self._set_status(client, replace(self._status, stage=Stage.LEFT)))
+        except CoordinationLost:
+            pass  # rank 0 has gone already, without waiting for this acknowledgement
+        self._close()
