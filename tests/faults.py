@@ -131,6 +131,44 @@ class CrashAt(WrappingBackend):
         return call()
 
 
+class Fuse:
+    """Ends one process, whatever number of backends it opens, before its nth change of the store (0 = the first).
+
+    Between two changes the store is the same, so these are all the ends that there are. ``blown`` says whether it came
+    to that, ``changes`` what was done before.
+    """
+
+    def __init__(self, nth: int) -> None:
+        self.blown = False
+        self.changes: list[tuple[str, str]] = []
+        self._nth = nth
+        self._lock = threading.Lock()
+
+    def backend(self, inner: Backend) -> Backend:
+        """The same backend, for as long as the process lives."""
+        return _Fused(inner, self)
+
+    def do(self, operation: str, key: str, call: Callable[[], object]) -> object:
+        """Do it, unless the time has come. One after the other, so that nothing runs beside the end."""
+        with self._lock:
+            is_change = operation not in ("read", "stat", "list")
+            self.blown |= is_change and len(self.changes) == self._nth
+            if self.blown:
+                raise Crash
+            if is_change:
+                self.changes.append((operation, key))
+            return call()
+
+
+class _Fused(WrappingBackend):
+    def __init__(self, inner: Backend, fuse: Fuse) -> None:
+        super().__init__(inner)
+        self._fuse = fuse
+
+    def around(self, operation: str, key: str, call: Callable[[], object]) -> object:
+        return self._fuse.do(operation, key, call)
+
+
 class Failing(WrappingBackend):
     """Fails the operations that ``should_fail(operation, key)`` picks, with a fresh ``error()``.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import xxhash
 
-from torchsnapshot import history
+from torchsnapshot import bases, history
 from torchsnapshot.codecs import decode_into
 from torchsnapshot.encoded import read_header
 from torchsnapshot.entries import Entry, StoredManifest, spans_of
@@ -23,6 +23,7 @@ def new_process() -> None:
     """Forget what a process keeps between takes, as a new one would begin."""
     history.forget()
     known.forget()
+    bases.forget()
 
 
 def files(root: Path) -> dict[str, bytes]:

@@ -109,7 +109,7 @@ class World:
         self.is_over = False
         self.actors: list[Actor] = []
         self.successes: list[tuple[str, frozenset[str], str]] = []
-        self.caches: dict[str, dict[str, known.Filled]] = {}
+        self.caches: dict[str, dict[tuple[str, str], known.Filled]] = {}
 
     def add(self, name: str, run: Callable[[Actor], None]) -> Actor:
         """One more process."""
@@ -173,20 +173,20 @@ class World:
             raise self.errors[0]
 
 
-class CacheOfProcess(dict[str, known.Filled]):
+class CacheOfProcess(dict[tuple[str, str], known.Filled]):
     """In place of the process-wide cache of ``known``: one for each simulated process."""
 
     def __init__(self, world: World) -> None:
         super().__init__()
         self._world = world
 
-    def _mine(self) -> dict[str, known.Filled]:
+    def _mine(self) -> dict[tuple[str, str], known.Filled]:
         actor: Actor = self._world.local.actor
         return self._world.caches.setdefault(actor.process, {})
 
-    def get(self, key: str, default: known.Filled | None = None) -> known.Filled | None:  # type: ignore[override]
+    def get(self, key: tuple[str, str], default: known.Filled | None = None) -> known.Filled | None:  # type: ignore[override]
         """The acting process's own."""
         return self._mine().get(key, default)
 
-    def __setitem__(self, key: str, value: known.Filled) -> None:
+    def __setitem__(self, key: tuple[str, str], value: known.Filled) -> None:
         self._mine()[key] = value

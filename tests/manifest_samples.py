@@ -9,13 +9,17 @@ from torchsnapshot.entries import (
     ContainerEntry,
     Entry,
     OpaqueEntry,
+    ShardedTensorEntry,
     ShardEntry,
     Span,
     TensorEntry,
     ValueEntry,
     pack_entries,
+    span_columns,
 )
 from torchsnapshot.grid import Box, whole
+from torchsnapshot.placements import REPLICATE, Placement, Sharding
+from torchsnapshot.store import bounded
 from torchsnapshot.store.container import digest_of
 from torchsnapshot.store.envelope import (
     ChunkRef,
@@ -101,6 +105,17 @@ def entries() -> dict[str, Entry]:
     packed = TensorEntry(
         "uint8", (300,), None, (96,), (ShardEntry((Box((0,), (96,)),), Span(0, 3, 1)),), None, "buffer", False, 96
     )
+    moment = ShardedTensorEntry(
+        "float32", (1024,), (512,), Sharding((2, 2), (0, 1, 4, 5), (REPLICATE, Placement(0))),
+        *span_columns([Span(0, 1, 1), Span(0, 2, 1)]), "tensor", False, 4096,
+    )  # fmt: skip
+    boxes = ((Box((0,), (96,)),), (), (Box((96,), (204,)),))
+    rows = ShardedTensorEntry(
+        "uint8", (300,), (300,), Sharding((3,), (0, 1, 2), None, None, boxes),
+        *span_columns([Span(0, 3, 1), None, Span(0, 4, 1)]), "parameter", True, 300,
+    )  # fmt: skip
+    optim: dict[str, Entry] = {"optim": ContainerEntry("dict", ("moment", "rows")), "optim/moment": moment}
+    optim["optim/rows"] = rows
     return {
         "0/model": ContainerEntry("OrderedDict", ("weight", "a/b%", 1, "1", False, 1 << 70), b"\xc0"),
         "0/model/weight": matrix,
@@ -112,8 +127,15 @@ def entries() -> dict[str, Entry]:
         f"0/model/{1 << 70}/0": ValueEntry(None, Span(0, 5, 1), 20000),
         f"0/model/{1 << 70}/1": OpaqueEntry("somewhere.Thing", b"\x80\x04N.", None, 4),
         "0/extra": ValueEntry(b"\xc0", None, 1),
+        **{f"0/{path}": entry for path, entry in optim.items()},
         "1/extra": ContainerEntry("dict", ()),
+        **{f"1/{path}": entry for path, entry in optim.items()},
     }
+
+
+def one_tree(records: bytes, num_records: int) -> bytes:
+    """An entries section of one whole tree, rank 0's, with any records."""
+    return bounded.pack([1, 0, 0, 1]) + bounded.pack([bytes(4), None, [], num_records, records])
 
 
 def manifest(**fields: Any) -> bytes:

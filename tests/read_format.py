@@ -194,6 +194,14 @@ def decode_chunk(data: bytes, base: bytes | None) -> bytes:
         assert base is not None
         others = (int.from_bytes(base[start : start + width], "little") for start in range(0, size, width))
         elements = [element ^ other for element, other in zip(elements, others, strict=True)]
+    if flags & 4:
+        assert base is not None
+        all_ones = (1 << 8 * width) - 1
+        others = (int.from_bytes(base[start : start + width], "little") for start in range(0, size, width))
+        elements = [
+            ((element >> 1 ^ all_ones * (element & 1)) + other) & all_ones
+            for element, other in zip(elements, others, strict=True)
+        ]
     return b"".join(element.to_bytes(width, "little") for element in elements)
 
 
@@ -205,20 +213,67 @@ RECORDS = {
     1: ("data", "span", "size"),
     2: ("dtype", "shape", "permutation", "cell", "shards", "data", "wrapper", "requires_grad", "size"),
     3: ("type_name", "data", "span", "size"),
+    4: ("number",),
 }
+SHARDED = (
+    "dtype", "shape", "cell", "mesh", "placements", "order", "boxes", "tables", "firsts", "wrapper", "requires_grad",
+    "size",
+)  # fmt: skip
+
+
+def stream_of(data: bytes) -> Any:
+    """The msgpack objects in these bytes, one by one."""
+    stream = msgpack.Unpacker(unicode_errors="surrogatepass")
+    stream.feed(data)
+    return stream
+
+
+def numbers(data: bytes, code: str = "I") -> list[int]:
+    """A column of unsigned integers."""
+    return [value for (value,) in struct.iter_unpack("<" + code, data)]
 
 
 def read_entries(section: bytes) -> dict[str, dict[str, Any]]:
-    """Each record's fields by its path; ``record`` is its kind's number."""
-    stream = msgpack.Unpacker(unicode_errors="surrogatepass")
-    stream.feed(section)
-    version, count = next(stream)
+    """Each record's fields by its path, with the rank before it; ``record`` is its kind's number."""
+    stream = stream_of(section)
+    version, num_meshes, num_sharded, num_trees = next(stream)
     if version != 1:
         raise ValueError("written by a newer version")
-    entries: dict[str, dict[str, Any]] = {}
+    meshes = [(shape, numbers(ranks)) for shape, ranks in itertools.islice(stream, num_meshes)]
+    sharded = [dict(zip(SHARDED, fields, strict=True)) for fields in itertools.islice(stream, num_sharded)]
+    for entry in sharded:
+        entry["record"] = 4
+        entry["mesh"] = meshes[entry["mesh"]]
+        entry["tables"], entry["firsts"] = numbers(entry["tables"]), numbers(entry["firsts"])
+    trees: list[dict[str, dict[str, Any]]] = []
+    entries: dict[int, dict[str, dict[str, Any]]] = {}
+    for ranks, base, removed, count, records in itertools.islice(stream, num_trees):
+        changes = read_records(records, count, sharded)
+        whole = {} if base is None else trees[base]
+        tree = {}
+        for path, entry in whole.items():
+            if path in changes:
+                tree.update(changes[path])
+            elif not any(f"{path}/".startswith(f"{place}/") for place in (*changes, *removed)):
+                tree[path] = entry
+        for place, below in changes.items():
+            if place not in whole:
+                tree.update(below)
+        trees.append(tree)
+        entries.update(dict.fromkeys(numbers(ranks), tree))
+    return {f"{rank}/{path}": entry for rank in sorted(entries) for path, entry in entries[rank].items()}
+
+
+def read_records(data: bytes, count: int, sharded: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """For each path in a stream of records: the records there and below."""
+    stream = stream_of(data)
+    found: dict[str, dict[str, dict[str, Any]]] = {}
     waiting: list[str] = []
     for _ in range(count):
-        path = waiting.pop() if waiting else next(stream)
+        if not waiting:
+            waiting.append(next(stream))
+            found[waiting[0]] = entries = {}
+        path = waiting.pop()
         number, *fields = next(stream)
         entry = dict(zip(RECORDS[number], fields, strict=True))
         entry["record"] = number
@@ -226,19 +281,17 @@ def read_entries(section: bytes) -> dict[str, dict[str, Any]]:
             entry["keys"] = read_keys(entry["keys"], entry["count"])
             names = components(entry["keys"])
             waiting.extend(f"{path}/{name}" for name in reversed(names))
-        entries[path] = entry
+        entries[path] = sharded[entry["number"]] if number == 4 else entry
     if waiting:
         raise ValueError("entries are missing")
-    return entries
+    return found
 
 
 def read_keys(data: bytes, count: int) -> list[Any]:
     """A container's keys."""
     if not data:
         return list(range(count))
-    stream = msgpack.Unpacker(unicode_errors="surrogatepass")
-    stream.feed(data)
-    return [int.from_bytes(key, "little", signed=True) if isinstance(key, bytes) else key for key in stream]
+    return [int.from_bytes(key, "little", signed=True) if isinstance(key, bytes) else key for key in stream_of(data)]
 
 
 def components(keys: list[Any]) -> list[str]:
@@ -270,7 +323,7 @@ def pieces(box: list[int], cell: list[int]) -> Iterator[int]:
 
 
 def read_tensor(entry: dict[str, Any], tables: list[Table], itemsize: int, load_blob: LoadBlob) -> bytes:
-    """The bytes of a tensor that is stored inline or in shards of one box each, in memory order."""
+    """The bytes of a tensor that is stored inline or in shards, in memory order."""
     if entry["data"] is not None:
         data: bytes = entry["data"]
         return data
@@ -289,6 +342,62 @@ def read_tensor(entry: dict[str, Any], tables: list[Table], itemsize: int, load_
                 content += chunk
             place_box(content, box, shape, itemsize, result)
     return bytes(result)
+
+
+def cut(held: list[int], places: int, at: int, factor: int) -> list[int]:
+    """What one step of a placement leaves of the elements ``held`` along a dimension to the place ``at``."""
+    part = -(-len(held) // factor)
+    left = []
+    for start in range(0, len(held), max(1, part)):
+        elements = held[start : start + part]
+        chunk = -(-len(elements) // places)
+        left += elements[chunk * at : chunk * (at + 1)]
+    return left
+
+
+def intervals(elements: list[int]) -> list[tuple[int, int]]:
+    """Offset and size of each run of neighbours."""
+    runs: list[tuple[int, int]] = []
+    for element in elements:
+        if runs and element == runs[-1][0] + runs[-1][1]:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((element, 1))
+    return runs
+
+
+def regions(entry: dict[str, Any]) -> list[list[list[int]]]:
+    """The boxes of each region of a sharded tensor, in the form in which shards have them."""
+    shape = entry["shape"] or [1]
+    mesh_shape = entry["mesh"][0]
+    if entry["boxes"]:
+        found = []
+        stream = iter(numbers(entry["boxes"], "Q"))
+        for count in stream:
+            found.append([list(itertools.islice(stream, 2 * len(shape))) for _ in range(count)])
+        return found
+    steps = dict(enumerate(zip(entry["placements"][::2], entry["placements"][1::2], strict=True)))
+    steps = {mesh_dim: (dim - 1, factor) for mesh_dim, (dim, factor) in steps.items() if dim}
+    found = []
+    for place in itertools.product(*(range(mesh_shape[mesh_dim]) for mesh_dim in steps)):
+        at = dict(zip(steps, place, strict=True))
+        held = [list(range(size)) for size in shape]
+        for mesh_dim in entry["order"] or steps:
+            dim, factor = steps[mesh_dim]
+            held[dim] = cut(held[dim], mesh_shape[mesh_dim], at[mesh_dim], 1 if entry["order"] else factor)
+        boxes = itertools.product(*map(intervals, held))
+        found.append([[offset for offset, _ in box] + [size for _, size in box] for box in boxes])
+    return found
+
+
+def read_sharded(entry: dict[str, Any], tables: list[Table], itemsize: int, load_blob: LoadBlob) -> bytes:
+    """The bytes of a whole sharded tensor in C order."""
+    shards = []
+    for boxes, number, first in zip(regions(entry), entry["tables"], entry["firsts"], strict=True):
+        count = sum(1 for box in boxes for _ in pieces(box, entry["cell"]))
+        shards.append([number, first, count, [value for box in boxes for value in box]])
+    whole = {**entry, "permutation": [], "data": None, "shards": shards}
+    return read_tensor(whole, tables, itemsize, load_blob)
 
 
 def place_box(content: bytearray, box: list[int], shape: list[int], itemsize: int, result: bytearray) -> None:

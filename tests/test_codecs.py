@@ -106,19 +106,21 @@ class TestRoundTrip:
         num_elements=st.one_of(st.integers(1, 600), st.sampled_from([TILE - 1, TILE, TILE + 1])),
         width=st.sampled_from([1, 2, 4, 8]),
         rotated=st.booleans(),
-        with_base=st.booleans(),
+        against=st.sampled_from(["nothing", "xor", "difference"]),
         choice=st.integers(0, 4),
     )
     @settings(max_examples=80, deadline=None)
     def test_every_scheme_comes_back(
-        self, kind: str, num_elements: int, width: int, rotated: bool, with_base: bool, choice: int
+        self, kind: str, num_elements: int, width: int, rotated: bool, against: str, choice: int
     ) -> None:
-        """Lanes of any cut, rotated or not, with a base or without, also if they gain nothing."""
+        """Lanes of any cut, rotated or not, alone, XORed or subtracted, also if they gain nothing."""
         nbytes = num_elements * width
         raw = memory_of(content(kind, nbytes, seed=1))
-        base = memory_of(content("noise", nbytes, seed=2)) if with_base else None
+        base = None if against == "nothing" else memory_of(content("noise", nbytes, seed=2))
         lanes = all_lane_sets(width)
-        scheme = Scheme(width, rotated and width > 1, lanes[choice % len(lanes)], 1.0)
+        difference = against == "difference"
+        rotated = rotated and width > 1 and not difference
+        scheme = Scheme(width, rotated, lanes[choice % len(lanes)], 1.0, difference)
         stored = encode_with(raw, scheme, base)
         assert decoded(stored, nbytes, base) == raw
 
@@ -136,13 +138,24 @@ class TestRoundTrip:
         decode_into(memory_of(bytes(shift) + stored)[shift:], out)
         assert out == data
 
-    def test_delta_is_decoded_in_place_of_its_base(self) -> None:
+    @pytest.mark.parametrize("width", [1, 2, 4, 8])
+    def test_difference_goes_round_at_the_ends(self, width: int) -> None:
+        """The smallest and the greatest numbers, subtracted from one another, come back."""
+        ends = [0, 1, (1 << 8 * width) - 1, 1 << (8 * width - 1), (1 << (8 * width - 1)) - 1]
+        pairs = [(a, b) for a in ends for b in ends]
+        raw = memory_of(b"".join(a.to_bytes(width, "little") for a, _ in pairs))
+        base = memory_of(b"".join(b.to_bytes(width, "little") for _, b in pairs))
+        scheme = Scheme(width, False, (Lane(0, width, METHOD_ZSTD),), 1.0, difference=True)
+        assert decoded(encode_with(raw, scheme, base), raw.nbytes, base) == raw
+
+    @pytest.mark.parametrize("difference", [False, True])
+    def test_delta_is_decoded_in_place_of_its_base(self, difference: bool) -> None:
         """The base may stand in the very memory that the chunk is decoded into."""
         base = memory_of(content("floats", 80_000, seed=4))
         raw = memory_of(base)
         raw[100:108] = b"changed!"
-        stored = encode_bytes(raw, 4, Effort.SMALLEST, base)
-        assert stored is not None
+        scheme = Scheme(4, False, (Lane(0, 4, METHOD_ZSTD),), 1.0, difference)
+        stored = encode_with(raw, scheme, base)
         assert len(stored) < 200
         decode_into(memoryview(bytearray(stored)), base, base)
         assert base == raw
@@ -240,6 +253,24 @@ class TestRatios:
         noise = torch.randint(0, 256, (1 << 18,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         assert encode_bytes(memory_of(noise), 4, Effort.SMALLEST) is None
 
+    def test_difference_is_smaller_than_xor(self) -> None:
+        """Weights that moved a little: the difference is what is chosen, and it is clearly the smaller one."""
+        base = self.weights()
+        moved = base + 1e-3 * base * torch.randn(base.shape, generator=torch.Generator().manual_seed(1))
+        for dtype, share in ((torch.float32, 0.98), (torch.bfloat16, 0.92)):
+            raw, against = memory_of(moved.to(dtype)), memory_of(base.to(dtype))
+            width = dtype.itemsize
+            with borrow_scratch() as scratch:
+                for effort in Effort:
+                    scheme = choose(raw, width, effort, scratch, against)
+                    assert scheme.difference
+            lanes = tuple(Lane(start, 1, METHOD_ZSTD) for start in range(width))
+            sizes = [
+                len(encode_with(raw, Scheme(width, False, lanes, 1.0, difference), against))
+                for difference in (True, False)
+            ]
+            assert sizes[0] < share * sizes[1]
+
     def test_delta_of_untouched_rows(self) -> None:
         """1 % of changed rows against a base costs about 1 % of the bytes."""
         base = self.weights().view(1024, 256)
@@ -286,8 +317,11 @@ class TestHostile:
             (4, 2, NewerFormatError),  # version
             (5, 2, NewerFormatError),  # codec
             (6, 3, FormatError),  # width
-            (7, 4, NewerFormatError),  # flags
+            (7, 8, NewerFormatError),  # flags
             (7, 2, FormatError),  # needs a base
+            (7, 4, FormatError),
+            (7, 5, FormatError),  # a difference is not rotated
+            (7, 6, FormatError),  # ... nor XORed
             (8, 0x41, FormatError),  # raw size
             (15, 0x41, FormatError),  # ... beyond all bounds
             (16, 0, FormatError),  # lanes

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from manifest_samples import chunk, entries, head, manifest, reference_to, refs, table_of
+from manifest_samples import chunk, entries, head, manifest, one_tree, reference_to, refs, table_of
 
 from torchsnapshot import entry_bytes
 from torchsnapshot.entries import (
@@ -105,7 +105,8 @@ def test_components_are_upstreams() -> None:
         ("0/a%2fb", False),
         ("0/%i01", False),
         ("0/%bno", False),
-        ("0/" + "x" * MAX_PATH_NCHARS, False),
+        ("0/" + "x" * MAX_PATH_NCHARS, True),
+        ("0/" + "x" * (MAX_PATH_NCHARS + 1), False),
     ],
 )
 def test_entry_paths(path: str, valid: bool) -> None:
@@ -200,10 +201,10 @@ def tensors(draw: st.DrawFn) -> TensorEntry:
 @given(trees())
 @settings(deadline=None)
 def test_any_tree_comes_back(tree: dict[str, Entry]) -> None:
-    """Any tree of entries comes back equal, in the same order, parents first."""
+    """Any tree of entries comes back equal, the first rank's in the same order, parents first."""
     unpacked = unpack_entries(pack_entries(tree))
     assert unpacked == tree
-    assert list(unpacked) == list(tree)
+    assert [path for path in unpacked if path[0] == "0"] == [path for path in tree if path[0] == "0"]
     assert all(is_entry_path(path) for path in unpacked)
     assert pack_entries(unpacked) == pack_entries(tree)
 
@@ -234,7 +235,6 @@ def shard(box: Box, count: int) -> tuple[ShardEntry, ...]:
     ("tree", "message"),
     [
         ({"0/a": ContainerEntry("dict", ("x",))}, "missing"),
-        ({"0/a/x": LEAF, "0/a": ContainerEntry("dict", ("x",))}, "another entry's child"),
         ({"0/a/x": LEAF}, "not the path of an app_state key"),
         ({"a": LEAF}, "not the path of an app_state key"),
         ({"0/a": ContainerEntry("dict", (1, True)), "0/a/1": LEAF, "0/a/True": LEAF}, "key twice"),
@@ -300,8 +300,8 @@ def test_nesting_is_bounded() -> None:
 def test_unknown_kinds_are_a_newer_format() -> None:
     """An entry kind, a wrapper or a version from the future says to upgrade."""
     for section in (
-        bounded.pack([1, 1]) + bounded.pack("0/a") + bounded.pack([9, "?"]),
-        bounded.pack([2, 0]),
+        one_tree(bounded.pack("a") + bounded.pack([9, "?"]), 1),
+        bounded.pack([2, 0, 0, 0]),
         pack_entries({"0/a": tensor(wrapper="numpy")}).replace(b"\x03\xc2\x60", b"\x04\xc2\x60"),
     ):
         with pytest.raises(NewerFormatError, match="upgrade torchsnapshot"):
@@ -329,7 +329,7 @@ def test_stored_manifest_gives_what_was_stored() -> None:
 def test_walk_and_children_follow_the_tree() -> None:
     """The places below a path come depth-first, in the order of the keys."""
     stored = StoredManifest(manifest(), no_tables)
-    assert stored.roots == stored.children("") == ["0/model", "0/extra", "1/extra"]
+    assert stored.roots == stored.children("") == ["0/model", "0/extra", "0/optim", "1/extra", "1/optim"]
     assert stored.children("0/model/weight") == []
     root = stored.entries["0/model"]
     assert isinstance(root, ContainerEntry)

@@ -12,8 +12,9 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from manifest_samples import TAKE, chunk, delta, digest, entries, head, manifest, refs, table_of
+from manifest_samples import TAKE, chunk, delta, digest, entries, head, manifest, one_tree, refs, table_of
 
+from torchsnapshot import entry_section
 from torchsnapshot.entries import ContainerEntry, Entry, StoredManifest, ValueEntry, pack_entries, unpack_entries
 from torchsnapshot.errors import FormatError
 from torchsnapshot.store import bounded
@@ -410,10 +411,13 @@ def test_duplicate_keys_of_user_metadata_are_refused() -> None:
 def test_number_of_entries_is_no_promise() -> None:
     """A claimed number of entries, keys or rows allocates nothing."""
     for section in (
-        bounded.pack([1, 1 << 60]),
-        bounded.pack([1, 3]) + bounded.pack("0/a") + bounded.pack([0, "list", 1 << 40, b"", b""]),
-        bounded.pack([1, 3]) + bounded.pack("0/a") + bounded.pack([0, "list", 1 << 40, b"\x01", b""]),
-        bounded.pack([1, 2]) + bounded.pack("0/a") + bounded.pack([0, "list", 30, b"", b""]) + bytes(100),
+        bounded.pack([1, 0, 0, 1 << 60]),
+        bounded.pack([1, 1 << 60, 0, 0]),
+        bounded.pack([1, 0, 1 << 60, 0]),
+        one_tree(b"", 1 << 60),
+        one_tree(bounded.pack("a") + bounded.pack([0, "list", 1 << 40, b"", b""]), 3),
+        one_tree(bounded.pack("a") + bounded.pack([0, "list", 1 << 40, b"\x01", b""]), 3),
+        one_tree(bounded.pack("a") + bounded.pack([0, "list", 30, b"", b""]) + bytes(100), 2),
     ):
         with little_memory(), pytest.raises(FormatError):
             unpack_entries(section)
@@ -424,9 +428,141 @@ def test_long_names_of_many_children_are_refused() -> None:
     count = 3000
     name = "x" * 8000
     leaf = bounded.pack([1, b"", [], 0])
-    section = bounded.pack([1, count + 1]) + bounded.pack(f"0/{name}") + bounded.pack([0, "list", count, b"", b""])
+    records = bounded.pack(name) + bounded.pack([0, "list", count, b"", b""]) + leaf * count
     with little_memory(8 << 20), pytest.raises(FormatError, match="far longer"):
-        unpack_entries(section + leaf * count)
+        unpack_entries(one_tree(records, count + 1))
+
+
+def sharded_section(sharded: list[object], trees: bytes = b"", num_trees: int = 0) -> bytes:
+    """A section with a mesh of 2 x 2, one sharded tensor of any fields, and trees."""
+    ranks = struct.pack("<4I", 0, 1, 2, 3)
+    header = bounded.pack([1, 1, 1, num_trees]) + bounded.pack([[2, 2], ranks])
+    return header + bounded.pack(sharded) + trees
+
+
+SHARDED: list[object] = ["int8", [8], [8], 0, [0, 1, 1, 1], [], b"", bytes(8), bytes(8), 0, False, 8]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        (1, [1 << 40, 1 << 40], "too many elements"),
+        (2, [0], "no cell"),
+        (2, [1, 1], "no cell"),
+        (3, 1, "mesh 1 of 1"),
+        (4, [0, 1], "1 placements for a mesh of 2"),
+        (4, [0, 1, 2, 1], "cut along dimension 1"),
+        (4, [0, 1, 1, 0], "split factor of 0"),
+        (4, [0, 2, 1, 1], "split factor of 2"),
+        (4, [0, 1, 1], "two ints"),
+        (4, [1, 1 << 20, 1, 1 << 20], "more than 1048576"),
+        (4, [1, 1 << 30, 1, 1], "placements holds"),
+        (4, [], "either placements or boxes"),
+        (5, [0], "does not name each mesh dimension"),
+        (5, [1, 1], "does not name each mesh dimension"),
+        (5, [0, 1], "does not name each mesh dimension"),
+        (6, struct.pack("<Q", 0) * 4, "either placements or boxes"),
+        (7, bytes(4), "for 2 regions"),
+        (8, bytes(12), "for 2 regions"),
+        (9, 9, "unknown wrapper"),
+        (11, 1 << 62, "size is"),
+    ],
+)
+def test_broken_sharded_tensors_are_refused(field: int, value: object, message: str) -> None:
+    """What is no sharding of a tensor of that shape over that mesh is refused before a box of it is made."""
+    assert unpack_entries(sharded_section(SHARDED)) == {}
+    changed = [*SHARDED[:field], value, *SHARDED[field + 1 :]]
+    with little_memory(), pytest.raises(FormatError, match=message):
+        unpack_entries(sharded_section(changed))
+
+
+@pytest.mark.parametrize(
+    ("boxes", "message"),
+    [
+        ((1, 0, 8, 0, 0), "boxes of 3 positions"),
+        ((1, 0, 8, 0, 0, 1), "1 of a position in 0 numbers"),
+        ((1 << 60, 0, 8, 0, 0, 0), "of a position in"),
+        ((1, 0, 7, 0, 0, 0), "do not cover"),
+        ((1, 0, 8, 1, 0, 8, 0, 0), "overlap"),
+        ((1, 0, 9, 0, 0, 0), "reaches out"),
+        ((1, (1 << 64) - 1, 8, 0, 0, 0), "reaches out"),
+        ((2, 0, 8, 8, 0, 0, 0, 0), "empty"),
+    ],
+)
+def test_broken_boxes_are_refused(boxes: tuple[int, ...], message: str) -> None:
+    """Boxes that are written down one by one are inside the tensor, not empty, and together as large as it."""
+
+    def section(numbers: tuple[int, ...]) -> bytes:
+        packed = struct.pack(f"<{len(numbers)}Q", *numbers)
+        return sharded_section([*SHARDED[:4], [], [], packed, bytes(16), bytes(16), *SHARDED[9:]])
+
+    assert unpack_entries(section((1, 0, 5, 0, 1, 5, 3, 0))) == {}
+    with little_memory(), pytest.raises(FormatError, match=message):
+        unpack_entries(section(boxes))
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [[[], b""], [[2], bytes(8)], [[2], bytes(4)], [[1], b"\xff" * 4], [[1 << 40, 1 << 40], bytes(4)], [[1], b"abc"]],
+)
+def test_broken_meshes_are_refused(mesh: list[object]) -> None:
+    """A mesh has one rank at each place, each once."""
+    with little_memory(), pytest.raises(FormatError):
+        unpack_entries(bounded.pack([1, 1, 0, 0]) + bounded.pack(mesh))
+
+
+LEAF = [1, b"\x01", [], 1]
+
+
+def tree_line(ranks: tuple[int, ...], base: object, removed: list[str], places: dict[str, list[object]]) -> bytes:
+    """A tree of any leaves."""
+    records = b"".join(bounded.pack(path) + bounded.pack(fields) for path, fields in places.items())
+    return bounded.pack([struct.pack(f"<{len(ranks)}I", *ranks), base, removed, len(places), records])
+
+
+WHOLE = bounded.pack(
+    [bytes(4), None, [], 3, b"".join(map(bounded.pack, ("a", [0, "list", 1, b"", b""], LEAF, "b", LEAF)))]
+)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (tree_line((1,), 1, [], {}), "no whole tree before it"),
+        (tree_line((1,), -1, [], {}), "no whole tree before it"),
+        (tree_line((1,), 7, [], {}), "no whole tree before it"),
+        (tree_line((1,), True, [], {}), "not allowed there"),
+        (tree_line((0,), 0, [], {}), "two trees"),
+        (tree_line((1, 1), 0, [], {}), "twice"),
+        (tree_line((), 0, [], {}), "no u32"),
+        (tree_line((1,), 0, ["c"], {}), "no app_state key of its base"),
+        (tree_line((1,), 0, ["a/0"], {}), "no app_state key of its base"),
+        (tree_line((1,), 0, ["b"], {"b": LEAF}), "no app_state key of its base"),
+        (tree_line((1,), 0, ["a"], {"a/0": LEAF}), "nor in the base"),
+        (tree_line((1,), 0, [], {"a": LEAF, "a/0": LEAF}), "nor in the base"),
+        (tree_line((1,), 0, [], {"a/1": LEAF}), "nor in the base"),
+        (tree_line((1,), None, [], {"a/0": LEAF}), "nor in the base"),
+        (tree_line((1,), None, ["a"], {}), "no app_state key of its base"),
+        (tree_line((1,), 0, [], {"b": [4, 0]}), "sharded tensor 0 of 0"),
+    ],
+)
+def test_broken_trees_are_refused(line: bytes, message: str) -> None:
+    """A tree that is written against another changes only what that one has, and adds only app_state keys."""
+    sound = bounded.pack([1, 0, 0, 2]) + WHOLE + tree_line((1, 2), 0, ["a"], {"b": LEAF, "c": LEAF})
+    assert list(unpack_entries(sound)) == ["0/a", "0/a/0", "0/b", "1/b", "1/c", "2/b", "2/c"]
+    with little_memory(), pytest.raises(FormatError, match=message):
+        unpack_entries(bounded.pack([1, 0, 0, 2]) + WHOLE + line)
+
+
+def test_many_ranks_with_one_tree_are_not_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few bytes for each rank could make a whole tree's entries for each: listing all of them has a limit."""
+    monkeypatch.setattr(entry_section, "MAX_LISTED", 1000)
+    records = bounded.pack("a") + bounded.pack([0, "list", 99, b"", b""]) + bounded.pack(LEAF) * 99
+    ranks = struct.pack("<11I", *range(11))
+    section = bounded.pack([1, 0, 0, 1]) + bounded.pack([ranks, None, [], 100, records])
+    assert len(entry_section.EntriesSection(section).entries_of(10)) == 100
+    with pytest.raises(FormatError, match="rank by rank"):
+        unpack_entries(section)
 
 
 # --- chunk tables

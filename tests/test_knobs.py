@@ -274,6 +274,21 @@ def test_staging_budget(machine: Callable[[dict[str, str]], None], monkeypatch: 
     assert knobs.get_staging_budget_bytes(5 << 30) == 1000
 
 
+def test_base_memory(machine: Callable[[dict[str, str]], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of bases may take this rank's share of an eighth of what would be free without them; 0 forbids them."""
+    machine(MEMINFO)
+    assert knobs.get_base_memory_bytes() == 1 << 30
+    assert knobs.get_base_memory_bytes(8 << 30) == 2 << 30
+    monkeypatch.setenv(knobs.LOCAL_WORLD_SIZE, "4")
+    assert knobs.get_base_memory_bytes() == 1 << 28
+    for text, nbytes in {"0": 0, "12345": 12345}.items():
+        monkeypatch.setenv(knobs.BASE_MEMORY, text)
+        assert knobs.get_base_memory_bytes() == nbytes
+    monkeypatch.setenv(knobs.BASE_MEMORY, "-1")
+    with pytest.raises(ValueError, match=f"{knobs.BASE_MEMORY}='-1': allowed is a whole number of at least 0"):
+        knobs.get_base_memory_bytes()
+
+
 def test_this_machine_has_cores_and_memory() -> None:
     """The readings of the real machine are positive."""
     assert knobs.available_cores() >= 1

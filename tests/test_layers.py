@@ -26,16 +26,18 @@ LAYERS = [
     """errors event grid knobs progress rss_profiler stats version store store.backend store.bounded store.clock
     store.keys store.mounts store.parallel store.processes store.turns""",
     # 1: what holds bytes, and what turns bytes into bytes
-    """event_handlers buffers encoded planes codecs engine meter background store.durable_names
-    store.filesystems store.gcs_files store.local store.local_errors store.locate store.memory store.other_files
-    store.posix store.remote store.remote_errors store.remote_files store.s3_files store.container store.tables
-    store.envelope store.records store.walk""",
+    """event_handlers buffers encoded planes codecs engine meter background messages links store.durable_names store.filesystems
+    store.gcs_files store.local store.local_errors store.locate store.memory store.other_files store.posix
+    store.remote store.remote_errors store.remote_files store.s3_files store.container store.tables store.envelope
+    store.records store.walk""",
     # 2: what a store holds and its protocol; what an entry is; plain values
-    """atoms dtypes entries entry_bytes entry_kinds kinds layout ownership placements values stateful
-    store.check store.commit store.gc store.gcplan store.housekeeping store.index store.known store.leases
-    store.liveness store.repository store.retention store.roots store.usage""",
+    """atoms dtypes entries entry_builder entry_bytes entry_kinds entry_section entry_shardings kinds layout ownership
+    placements values stateful collectives coordinator distributed members sessions
+    store.check store.commit store.config store.evidence store.gc store.gcplan store.housekeeping
+    store.index store.known store.leases store.liveness store.repository store.retention store.roots store.usage""",
     # 3: tensors and states, cut and put together; chunks as stored bytes
-    """chunk_reader chunks composites diff flatten host_views live_state manifest manifest_utils tensors""",
+    """bases chunk_coder chunk_reader chunks composites diff flatten host_views live_state manifest manifest_utils manifest_view
+    resharding sharded tensors""",
     # 4: the jobs: plan, take, restore, verify, copy
     """app_state copy history loading opening parts plan read_jobs read_object reading repack restore selection take
     take_jobs targets verify""",
@@ -53,12 +55,16 @@ PURE = [
     "diff",
     "encoded",
     "entries",
+    "entry_builder",
     "entry_bytes",
     "entry_kinds",
+    "entry_section",
+    "entry_shardings",
     "grid",
     "ownership",
     "placements",
     "plan",
+    "resharding",
     "store.gcplan",
     "values",
 ]

@@ -64,7 +64,7 @@ def mark_dead(repository: Repository, session: TakeSession) -> None:
     call_dead(repository.backend, held, Time())
 
 
-def test_the_lease_comes_before_everything_else_and_the_sweeps_after_the_sets() -> None:
+def test_the_lease_comes_before_everything_else_and_the_sweeps_around_the_sets() -> None:
     """Nothing seen before the lease is evidence."""
     repository = new_store()
     backend = Recording(repository.backend)
@@ -72,11 +72,12 @@ def test_the_lease_comes_before_everything_else_and_the_sweeps_after_the_sets() 
         assert backend.operations == [
             ("put", f"{LEASES_FOLDER}/{session.take_id}"),
             ("read", CONFIG_OBJECT),
+            ("list", SWEEPS_FOLDER),
             ("list", PENDING_FOLDER),
             ("list", DAMAGED_FOLDER),
             ("list", SWEEPS_FOLDER),
         ]
-    assert backend.operations[5:] == [("delete", f"{LEASES_FOLDER}/{session.take_id}")]
+    assert backend.operations[6:] == [("delete", f"{LEASES_FOLDER}/{session.take_id}")]
 
 
 def test_the_commit_keeps_its_order() -> None:

@@ -27,8 +27,8 @@ from torchsnapshot.manifest import (
     ShardedTensorEntry,
     SnapshotMetadata,
     TensorEntry,
-    view,
 )
+from torchsnapshot.manifest_view import view
 
 SPAN = entries.Span(0, 0, 1)
 WHOLE = TensorEntry("0/m/w", "buffer_protocol", "torch.float32", [4, 2], False)

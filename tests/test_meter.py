@@ -85,3 +85,71 @@ def test_choice_is_kept_for_some_puts() -> None:
         assert ask(meter, 1) == 0
     meter.record_put(MIB, 10.0)
     assert ask(meter, 1) == 1
+
+
+# ------------------------------------------------------------------ deltas
+
+
+def measured(put: float, *, in_background: bool = False, encode: float = 0.001, delta: float = 0.002) -> EncodingMeter:
+    """A meter that knows what 1 MiB costs: to encode alone, to encode against a base, to put raw."""
+    meter = EncodingMeter(in_background=in_background)
+    for _ in range(MIN_PUTS):
+        meter.record_encode(4, MIB, int(0.8 * MIB), encode)
+        meter.record_encode(4, MIB, int(0.6 * MIB), delta, delta=True)
+        meter.record_put(MIB, put)
+    return meter
+
+
+def test_delta_is_tried_first() -> None:
+    """Nothing measured: a delta that is smaller is wanted."""
+    assert EncodingMeter().wants_delta(4, 0.8, 0.6)
+
+
+def test_delta_pays_for_what_it_costs_beyond_encoding() -> None:
+    """It costs 1 ms a MiB more than encoding alone and saves a fifth of a put: it pays above 5 ms a MiB."""
+    assert measured(put=0.0055).wants_delta(4, 0.8, 0.6)
+    assert not measured(put=0.0045).wants_delta(4, 0.8, 0.6)
+    assert measured(put=0.0045).wants_delta(4, 0.8, 0.5)
+
+
+def test_delta_against_raw_pays_for_all_of_it() -> None:
+    """Where chunks are stored raw, a delta costs its whole encoding and saves all that it is smaller than raw."""
+    raw = measured(put=0.001, encode=0.01, delta=0.011)
+    assert not raw.wants_encoding(4)
+    assert not raw.wants_delta(4, 0.8, 0.2)
+    for _ in range(100):
+        raw.record_put(MIB, 0.02)
+    assert raw.wants_delta(4, 0.8, 0.2)
+
+
+def test_base_is_read_where_its_gain_pays_for_it() -> None:
+    """What is not known is found out; else reading must cost less than the puts that it saves, but for probes."""
+    meter = measured(put=0.01)
+    assert meter.wants_base(0.0)
+    meter.record_base_read(MIB, 0.004)
+    assert meter.wants_base(0.5)
+    assert not meter.wants_base(0.3)
+    assert meter.wants_base(None)
+    assert sum(meter.wants_base(0.0) for _ in range(2 * PROBE_EVERY)) == 2
+
+
+def test_copy_is_kept_where_puts_are_slow() -> None:
+    """A copy into memory is worth it where a put costs many times what the copy does."""
+    assert not EncodingMeter().wants_copy(None)
+    slow, fast = measured(put=0.02), measured(put=0.001)
+    assert slow.wants_copy(None)
+    assert not fast.wants_copy(None)
+    assert fast.wants_copy(10.0)
+    slow.record_copy(MIB, 0.01)
+    assert not slow.wants_copy(None)
+
+
+def test_background_takes_encode_more_readily() -> None:
+    """Where nobody waits, encoding counts half; it still doesn't count for nothing."""
+    for put, waiting, nobody in ((0.04, True, True), (0.02, False, True), (0.001, False, False)):
+        meters = [EncodingMeter(in_background=background) for background in (False, True)]
+        for meter in meters:
+            feed(meter, MIN_PUTS, encode=0.015, put=put)
+        assert [ask(meter, 1) == 1 for meter in meters] == [waiting, nobody]
+        deltas = [measured(put / 10, in_background=background) for background in (False, True)]
+        assert deltas[1].wants_delta(4, 0.8, 0.6) or not deltas[0].wants_delta(4, 0.8, 0.6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from array import array
 from collections import OrderedDict, deque
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,18 @@ from torchsnapshot.entries import (
     ContainerEntry,
     Entry,
     OpaqueEntry,
+    ShardedTensorEntry,
     ShardEntry,
     Span,
     TensorEntry,
     ValueEntry,
     pack_entries,
+    pack_trees,
+    span_columns,
+    unpack_entries,
 )
 from torchsnapshot.grid import Box
+from torchsnapshot.placements import REPLICATE, Placement, Sharding
 from torchsnapshot.store.container import digest_of
 from torchsnapshot.store.envelope import ChunkRef, ChunkTableBuilder, Form, pack_manifest
 from torchsnapshot.store.keys import BlobKey
@@ -89,6 +95,25 @@ def as_fields(entry: Entry) -> dict[str, Any]:
     if isinstance(entry, OpaqueEntry):
         name = entry.type_name
         return {"record": 3, "type_name": name, "data": entry.data, "span": span(entry.span), "size": entry.nbytes}
+    if isinstance(entry, ShardedTensorEntry):
+        sharding = entry.sharding
+        return {
+            "record": 4, "dtype": entry.dtype, "shape": list(entry.shape), "cell": list(entry.cell),
+            "mesh": (list(sharding.mesh_shape), list(sharding.mesh_ranks)),
+            "placements": [
+                number
+                for placement in sharding.placements or ()
+                for number in (0 if placement.dim is None else placement.dim + 1, placement.split_factor)
+            ],
+            "order": list(sharding.order or ()),
+            "boxes": b"" if sharding.boxes is None else array("Q", [
+                number for held in sharding.boxes
+                for number in (len(held), *(number for box in held for number in (*box.offsets, *box.sizes)))
+            ]).tobytes(),
+            "tables": list(memoryview(entry.tables).cast("I")), "firsts": list(memoryview(entry.firsts).cast("I")),
+            "wrapper": ("tensor", "parameter", "buffer", "numpy").index(entry.wrapper),
+            "requires_grad": entry.requires_grad, "size": entry.nbytes,
+        }  # fmt: skip
     return {
         "record": 2,
         "dtype": entry.dtype,
@@ -187,6 +212,77 @@ def test_boxes_are_placed() -> None:
     tables, _ = read_format.read_envelope(sections[read_format.ENVELOPE], no_blobs)
     read = read_format.read_entries(sections[read_format.ENTRIES])["0/a"]
     assert read_format.read_tensor(read, tables, 1, store.blobs.__getitem__) == raw
+
+
+SHARDINGS = [
+    Sharding((2, 3), tuple(range(6)), (REPLICATE, Placement(0))),
+    Sharding((3, 2), tuple(range(6)), (Placement(0), Placement(1))),
+    Sharding((2, 2), tuple(range(4)), (Placement(0), Placement(0))),
+    Sharding((3, 2), tuple(range(6)), (Placement(0, 2), Placement(0))),
+    Sharding((3, 2), tuple(range(6)), (Placement(0, 2), Placement(0)), (1, 0)),
+    Sharding((2, 2), tuple(range(4)), (Placement(1, 3), REPLICATE)),
+    Sharding((2, 2), tuple(range(4)), (Placement(1, 3), Placement(0, 2))),
+    Sharding((1,), (7,), (REPLICATE,)),
+    Sharding((9,), tuple(range(9)), (Placement(0),)),
+    Sharding(
+        (3,), (4, 5, 6), None, None,
+        ((Box((0, 0), (2, 5)), Box((0, 5), (7, 6))), (), (Box((2, 0), (5, 5)),)),
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_sharded_tensors_agree(sharding: Sharding) -> None:
+    """What the ranks of a mesh have stored is put together again, whatever the sharding."""
+    shape, cell = (7, 11), (2, 11)
+    tensor = torch.arange(77, dtype=torch.int16).reshape(shape)
+    store = Store()
+    spans = []
+    for boxes in sharding.regions(shape):
+        chunks = []
+        for box in boxes:
+            part = tensor[tuple(slice(at, at + size) for at, size in zip(box.offsets, box.sizes, strict=True))]
+            raw = part.contiguous().view(torch.uint8).numpy().tobytes()
+            chunks += [
+                store.put(raw[piece.offset : piece.offset + piece.nbytes], 2, Form.RAW)
+                for piece in grid.cut(box, cell, 2)
+            ]
+        spans.append(Span(0, store.builder.add(chunks), len(chunks)) if boxes else None)
+    entry = ShardedTensorEntry("int16", shape, cell, sharding, *span_columns(spans), "tensor", False, 154)
+    data = pack_manifest(head(), (store.builder.build(),), pack_entries({"3/a": entry}))
+    sections = read_format.read_sections(data)
+    tables, _ = read_format.read_envelope(sections[read_format.ENVELOPE], no_blobs)
+    read = read_format.read_entries(sections[read_format.ENTRIES])["3/a"]
+    assert read_format.read_sharded(read, tables, 2, store.blobs.__getitem__) == tensor.numpy().tobytes()
+
+
+def test_trees_of_many_ranks_agree() -> None:
+    """Trees that differ in leaves, in whole subtrees and in their app_state keys are read as the library does."""
+
+    def leaf(number: int) -> ValueEntry:
+        return ValueEntry(bytes([number]), None, 1)
+
+    common: dict[str, Entry] = {
+        "model": ContainerEntry("dict", ("a", "b", "c")), "model/a": leaf(1), "model/b": ContainerEntry("list", (0, 1)),
+        "model/b/0": leaf(2), "model/b/1": leaf(3), "model/c": leaf(4), "extra": leaf(5),
+    }  # fmt: skip
+    shorter = {path: entry for path, entry in common.items() if path != "model/b/1"}
+    shorter["model/b"] = ContainerEntry("list", (0,))
+    trees: dict[int, dict[str, Entry]] = {
+        0: common,
+        1: {**common, "model/c": leaf(9)},
+        2: shorter,
+        3: common,
+        4: {path: entry for path, entry in common.items() if path != "extra"},
+        5: {**common, "more": leaf(7)},
+        6: {"other": leaf(8)},
+    }
+    section = pack_trees(trees)
+    assert section.count(b"model") == 3
+    found = read_format.read_entries(section)
+    expected = {f"{rank}/{path}": as_fields(entry) for rank, tree in trees.items() for path, entry in tree.items()}
+    assert found == expected
+    assert list(found) == list(unpack_entries(section))
 
 
 def test_values_agree() -> None:

@@ -8,6 +8,13 @@
 See ``docs/design.md`` for how it works and ``torchsnapshot --help`` for the command line.
 """
 
+import warnings
+
+with warnings.catch_warnings():
+    # numpy is optional here; torch's remark that it isn't there would greet every user of the command line
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+    import torch as _torch  # noqa: F401
+
 from torchsnapshot import errors
 from torchsnapshot.errors import SnapshotError
 from torchsnapshot.maintenance import collect, retain

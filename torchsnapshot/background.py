@@ -2,7 +2,8 @@
 
 What doesn't live here: what the work is (``snapshot`` gives it), the worker threads that move bytes (``engine``).
 
-Invariants: a task always ends, with a result or with an error that ``wait`` raises. Leaving the interpreter waits for
+Invariants: a task always ends, with a result or with an error that ``wait`` raises; an error that nobody has waited for
+is logged when the process ends, at the latest. Leaving the interpreter waits for
 every task *before* Python shuts its executors down: filesystems resolve names and run callbacks in these, and a task
 that only ran on would fail there. A forked child inherits no task.
 """
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+# those that run, and those that have failed without anybody having heard of it
 _tasks: list[Task[object]] = []
 _lock = threading.Lock()
 
@@ -32,26 +34,30 @@ class Task(Generic[T]):
     def __init__(self, function: Callable[[], T], name: str) -> None:
         self._future: Future[T] = Future()
         self._pid = os.getpid()
-        self._waited = False
+        self._heard = False
         self.name = name
         self._thread = threading.Thread(target=self._run, args=(function,), name=name, daemon=False)
         with _lock:
             _tasks.append(self)  # type: ignore[arg-type]
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:
+            self._forget()
+            raise
 
     def _run(self, function: Callable[[], T]) -> None:
         try:
             result = function()
         except BaseException as error:  # the error belongs to whoever waits
-            self._finish()
             self._future.set_exception(error)
         else:
-            self._finish()
+            self._forget()
             self._future.set_result(result)
 
-    def _finish(self) -> None:
+    def _forget(self) -> None:
         with _lock:
-            _tasks.remove(self)  # type: ignore[arg-type]
+            if self in _tasks:
+                _tasks.remove(self)  # type: ignore[arg-type]
 
     def done(self) -> bool:
         """Whether the task has ended, with a result or an error."""
@@ -67,15 +73,17 @@ class Task(Generic[T]):
             TimeoutError: the task has not ended by then; it goes on.
             Whatever the task raised.
         """
-        self._waited = True
         if self._pid != os.getpid():
             raise RuntimeError(f"{self.name} runs in process {self._pid}; a forked child cannot wait for it")
         try:
             return self._future.result(timeout)
-        except FutureTimeoutError:
-            if self._future.done():
-                raise  # the task itself failed with a time-out
-            raise TimeoutError(f"{self.name} has not finished within {timeout} s; it goes on") from None
+        except BaseException as error:
+            if error is self.error():
+                self._note_heard()
+                raise
+            if isinstance(error, FutureTimeoutError):
+                raise TimeoutError(f"{self.name} has not finished within {timeout} s; it goes on") from None
+            raise
 
     def wait_ended(self) -> None:
         """Return once the task has ended; its result or error stays for whoever calls ``wait``."""
@@ -85,21 +93,26 @@ class Task(Generic[T]):
         """The error of a task that has ended with one."""
         return self._future.exception() if self._future.done() else None
 
+    def report_unheard(self) -> None:
+        """Log the error of a task that has ended with one, unless somebody has heard of it already."""
+        error = self.error()
+        if error is not None and not self._heard:
+            self._note_heard()
+            logger.error("%s failed, and nobody has waited for it", self.name, exc_info=error)
+
+    def _note_heard(self) -> None:
+        self._heard = True
+        self._forget()
+
     def _join_at_exit(self) -> None:
         self._thread.join()
-        error = self.error()
-        if error is not None and not self._waited:
-            logger.error("%s failed, and nobody waited for it", self.name, exc_info=error)
-
-
-def in_flight() -> list[Task[object]]:
-    """The tasks of this process that have not ended, oldest first."""
-    with _lock:
-        return list(_tasks)
+        self.report_unheard()
 
 
 def _wait_at_exit() -> None:
-    for task in in_flight():
+    with _lock:
+        tasks = list(_tasks)
+    for task in tasks:
         task._join_at_exit()
 
 

@@ -107,6 +107,10 @@ class Bases:
             self._pool.keep(budget)
             self._pool.trim(budget - self._held_nbytes)
 
+    def holds(self, ref: ChunkRef) -> bool:
+        """Whether memory holds a copy of this chunk."""
+        return ref.digest in self._copies
+
     def keep(self, ref: ChunkRef, raw: memoryview) -> bool:
         """Copy a chunk that stands alone, if the budget has room for it.
 
@@ -115,14 +119,14 @@ class Bases:
             raw: its raw bytes.
 
         Returns:
-            Whether memory holds it now.
+            Whether a copy was made.
         """
         need = size_class(raw.nbytes)
         with self._lock:
             known = self._copies.get(ref.digest)
             if known is not None:
                 self._use(ref.digest, known)
-                return known.nbytes == raw.nbytes
+                return False
             if not self._make_room(need):
                 return False
             # counted before it is there, so that others don't count on the same room

@@ -1,49 +1,40 @@
-"""Where a chunk becomes stored bytes: the choice between raw and encoded, packs, the keys of blobs.
+"""Where a chunk becomes stored bytes: blobs of one chunk, packs, the keys of blobs, and where a base comes from.
 
 What doesn't live here: the way back (``chunk_reader``, whose names stand here too), which chunks are new (``take``),
-where blobs lie (the repository), how bytes are coded (``codecs``).
+where blobs lie (the repository), how a chunk is coded (``chunk_coder``), what is known of bases (``bases``).
 
 Invariants:
 
 - A blob's key carries the digest that the caller computed over the very buffer that is handed in; a pack's key the
   digest of the pack's stored bytes. A key is put at most once: within one writer the same content is stored once, and
   whoever brings it again, or at the same time, gets the first one's reference.
-- The first encoded chunk of each element width and one in 64 after it is decoded and compared before it is put. One
-  that does not come back right is a bug of ours: it is reported and the take goes on without encoding.
+- A base that cannot be had (its blob is gone or damaged) costs bytes, never the take: the chunk is stored alone.
 - Memory: beside the caller's buffer, storing takes one pooled buffer of the chunk's or the pack's size until the put is
-  done, unless a chunk is stored raw.
+  done, unless a chunk is stored raw; a base that has to be read takes two more while it is read, one while it is used.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from time import perf_counter
-from typing import Final, Literal
 
+from torchsnapshot.bases import GAINLESS, Bases, base_of
 from torchsnapshot.buffers import BufferPool, is_page_memory, shared_pool
+from torchsnapshot.chunk_coder import Against, ChunkCoder, codec_width
+from torchsnapshot.chunk_coder import Encoding as Encoding
 from torchsnapshot.chunk_reader import MAX_BLOB_NBYTES, BlobStore, digest_of
 from torchsnapshot.chunk_reader import ChunkReader as ChunkReader
-from torchsnapshot.codecs import WORTHWHILE, Effort, Scheme, borrow_scratch, choose, decode_into, encode
-from torchsnapshot.encoded import WIDTHS
-from torchsnapshot.errors import CorruptionError, FormatError
+from torchsnapshot.codecs import WORTHWHILE
+from torchsnapshot.errors import SnapshotError
 from torchsnapshot.meter import EncodingMeter
 from torchsnapshot.store.envelope import ChunkRef, Form
 from torchsnapshot.store.keys import BlobKey
 
 logger = logging.getLogger(__name__)
 
-Encoding = Literal["raw", "auto", "smallest"]
-"""How chunks are stored: as they are; encoded where that costs no time; encoded wherever it saves bytes."""
-
-CHECK_EVERY: Final = 64
-"""One encoded chunk in so many is decoded before it is put."""
-
-# below this, looking at a sample costs more time than the bytes are worth
-_MIN_ENCODED_NBYTES = {"auto": 32 << 10, "smallest": 1 << 10}
-# what shrinks to this (zeros, constants, counters) is encoded however fast the store is
-_ALWAYS_WORTHWHILE = 0.25
 _MEMBER_ALIGNMENT = 8
 
 Member = tuple[bytes, memoryview, int]
@@ -62,6 +53,8 @@ class ChunkWriter:
         encoding: see ``Encoding``.
         pool: where buffers come from; the process's own by default.
         meter: decides for "auto"; by default its own.
+        bases: what is known of bases; without it no deltas are written.
+        reads_bases: whether reading a base from the store is cheap enough for "auto".
         clock: seconds, for the meter.
     """
 
@@ -74,21 +67,24 @@ class ChunkWriter:
         *,
         pool: BufferPool | None = None,
         meter: EncodingMeter | None = None,
+        bases: Bases | None = None,
+        reads_bases: bool = True,
         clock: Callable[[], float] = perf_counter,
     ) -> None:
         self._store = store
         self._take_id = take_id
         self._rank = rank
         self._encoding = encoding
-        self._effort = Effort.SMALLEST if encoding == "smallest" else Effort.AUTO
         self._pool = pool or shared_pool()
         self._meter = meter or EncodingMeter()
         self._clock = clock
+        self._coder = ChunkCoder(encoding, self._pool, self._meter, clock)
+        self._bases = bases if encoding != "raw" else None
+        self._reads_bases = reads_bases
+        self._reader = ChunkReader(store, pool=self._pool)
         self._settled = threading.Condition(threading.Lock())
         # None: on its way; an error: it failed, and so will the take
         self._contents: dict[Content, ChunkRef | BaseException | None] = {}
-        self._num_encoded: dict[int, int] = {}
-        self._codec_is_broken = False
         self._num_blobs = 0
         self._stored_nbytes = 0
 
@@ -103,18 +99,27 @@ class ChunkWriter:
         return self._stored_nbytes
 
     @property
+    def wants_bases(self) -> bool:
+        """Whether ``put_chunk`` has a use for ``previous``."""
+        return self._bases is not None
+
+    @property
     def refs(self) -> list[ChunkRef]:
         """The chunks stored so far, each content once."""
         with self._settled:
             return [outcome for outcome in self._contents.values() if isinstance(outcome, ChunkRef)]
 
-    def put_chunk(self, raw: memoryview, digest: bytes, width: int) -> ChunkRef:
+    def put_chunk(
+        self, raw: memoryview, digest: bytes, width: int, *, path: str = "", previous: ChunkRef | None = None
+    ) -> ChunkRef:
         """Store one chunk as a blob of its own.
 
         Args:
             raw: the chunk, at most ``MAX_BLOB_NBYTES``; it must not change until the call returns.
             digest: ``digest_of(raw)``.
             width: element size in bytes.
+            path: place in the state; what is learned about deltas is learned for it.
+            previous: what stood at this place last time, if this take may reuse it: a delta's base comes from it.
 
         Raises:
             StoreError: the store refused it.
@@ -124,7 +129,7 @@ class ChunkWriter:
         content = (digest, raw.nbytes)
         if self._claim([content]):
             try:
-                self._settle(content, self._put_alone(raw, digest, width))
+                self._settle(content, self._put_one(raw, digest, width, path, base_of(previous)))
             except BaseException as error:
                 self._settle(content, error)
                 raise
@@ -180,21 +185,90 @@ class ChunkWriter:
             raise outcome
         return outcome
 
-    def _put_alone(self, raw: memoryview, digest: bytes, width: int) -> ChunkRef:
-        if self._may_encode(raw.nbytes):
-            buffer = self._pool.acquire(raw.nbytes)
-            try:
-                size = self._encode(raw, digest, width, buffer.memory(int(raw.nbytes * WORTHWHILE)))
-                if size is not None:
-                    key = str(BlobKey(digest, self._take_id, self._rank, ".z"))
-                    self._put(key, buffer.memory(size))
-                    width = _codec_width(width, raw.nbytes)
-                    return ChunkRef(digest, raw.nbytes, key, size, 0, size, Form.ENCODED, width)
-            finally:
-                buffer.release()
-        key = str(BlobKey(digest, self._take_id, self._rank))
-        self._put(key, raw)
-        return ChunkRef(digest, raw.nbytes, key, raw.nbytes, 0, raw.nbytes)
+    def _put_one(self, raw: memoryview, digest: bytes, width: int, path: str, base: ChunkRef | None) -> ChunkRef:
+        if base is not None and base.nbytes != raw.nbytes:
+            base = None
+        ref = self._put_coded(raw, digest, width, path, base)
+        if ref is None:
+            key = str(BlobKey(digest, self._take_id, self._rank))
+            self._put(key, raw)
+            ref = ChunkRef(digest, raw.nbytes, key, raw.nbytes, 0, raw.nbytes)
+        if self._bases is not None and ref.base is None:
+            if base is not None:
+                self._bases.replace(base)
+            self._keep(ref, raw, path)
+        return ref
+
+    def _put_coded(
+        self, raw: memoryview, digest: bytes, width: int, path: str, base: ChunkRef | None
+    ) -> ChunkRef | None:
+        """Encode and put, against the base if that is smaller; None where the chunk is to be stored raw."""
+        if not self._coder.may_code(raw.nbytes):
+            return None
+        buffer = self._pool.acquire(raw.nbytes)
+        try:
+            out = buffer.memory(int(raw.nbytes * WORTHWHILE))
+            with self._base_at_hand(base, path) as against:
+                coded = self._coder.code(raw, digest, width, out, against)
+                if base is not None and against is not None and coded.form is Form.DELTA:
+                    self._keep(base, against.raw, path)
+            if self._bases is not None and coded.gain is not None:
+                self._bases.record_gain(path, coded.gain)
+            if coded.form is Form.RAW:
+                return None
+            is_delta = coded.form is Form.DELTA
+            key = str(BlobKey(digest, self._take_id, self._rank, ".d" if is_delta else ".z"))
+            self._put(key, out[: coded.nbytes])
+        finally:
+            buffer.release()
+        if is_delta and self._bases is not None and base is not None:
+            self._bases.record_delta(base, coded.nbytes)
+        base = base if is_delta else None
+        return ChunkRef(digest, raw.nbytes, key, coded.nbytes, 0, coded.nbytes, coded.form, coded.width, base)
+
+    @contextmanager
+    def _base_at_hand(self, base: ChunkRef | None, path: str) -> Generator[Against | None, None, None]:
+        """The base's raw bytes, from memory or from the store; None where there is none or it costs too much."""
+        if self._bases is None or base is None:
+            yield None
+            return
+        average = self._bases.average(base)
+        with self._bases.borrow(base) as raw:
+            if raw is not None:
+                yield Against(raw, average)
+                return
+        if self._encoding == "auto" and not (self._reads_bases and self._meter.wants_base(self._bases.gain(path))):
+            yield None
+            return
+        buffer = self._pool.acquire(base.nbytes)
+        try:
+            raw = buffer.memory(base.nbytes)
+            yield Against(raw, average) if self._read_base(base, raw, path) else None
+        finally:
+            buffer.release()
+
+    def _read_base(self, base: ChunkRef, raw: memoryview, path: str) -> bool:
+        begin = self._clock()
+        try:
+            self._reader.read_into(base, raw, path=path, aligned=True)
+        except SnapshotError as error:
+            logger.info("the base %s cannot be used, so the chunk is stored without it: %s", base.key, error)
+            return False
+        self._meter.record_base_read(base.nbytes, self._clock() - begin)
+        return True
+
+    def _keep(self, ref: ChunkRef, raw: memoryview, path: str) -> None:
+        """Keep a copy of a chunk that stands alone for later takes, where that pays."""
+        if self._bases is None or self._bases.holds(ref):
+            return
+        gain = self._bases.gain(path)
+        if gain is not None and gain < GAINLESS:
+            return
+        if self._encoding == "auto" and not self._meter.wants_copy(gain):
+            return
+        begin = self._clock()
+        if self._bases.keep(ref, raw):
+            self._meter.record_copy(raw.nbytes, self._clock() - begin)
 
     def _put_together(self, members: Sequence[Member]) -> list[ChunkRef]:
         buffer = self._pool.acquire(sum(raw.nbytes + _MEMBER_ALIGNMENT for _, raw, _ in members))
@@ -206,13 +280,15 @@ class ChunkWriter:
                 # the codec writes arrays of up to 8 bytes an element
                 start = -(-end // _MEMBER_ALIGNMENT) * _MEMBER_ALIGNMENT
                 memory[end:start] = bytes(start - end)
-                size = None
-                if self._may_encode(raw.nbytes):
-                    size = self._encode(raw, digest, width, memory[start : start + int(raw.nbytes * WORTHWHILE)])
-                if size is None:
-                    memory[start : start + raw.nbytes] = raw
-                end = start + (raw.nbytes if size is None else size)
-                places.append((start, end - start, Form.RAW if size is None else Form.ENCODED))
+                form = Form.RAW
+                if self._coder.may_code(raw.nbytes):
+                    room = memory[start : start + int(raw.nbytes * WORTHWHILE)]
+                    coded = self._coder.code(raw, digest, width, room)
+                    form, end = coded.form, start + coded.nbytes
+                if form is Form.RAW:
+                    end = start + raw.nbytes
+                    memory[start:end] = raw
+                places.append((start, end - start, form))
             pack = memory[:end]
             key = str(BlobKey(digest_of(pack), self._take_id, self._rank, ".p"))
             self._put(key, pack)
@@ -220,7 +296,7 @@ class ChunkWriter:
             buffer.release()
         refs = []
         for (digest, raw, width), (start, size, form) in zip(members, places, strict=True):
-            width = 1 if form is Form.RAW else _codec_width(width, raw.nbytes)
+            width = 1 if form is Form.RAW else codec_width(width, raw.nbytes)
             refs.append(ChunkRef(digest, raw.nbytes, key, end, start, size, form, width))
         return refs
 
@@ -232,60 +308,3 @@ class ChunkWriter:
         with self._settled:
             self._num_blobs += 1
             self._stored_nbytes += data.nbytes
-
-    def _may_encode(self, nbytes: int) -> bool:
-        return self._encoding != "raw" and not self._codec_is_broken and nbytes >= _MIN_ENCODED_NBYTES[self._encoding]
-
-    def _encode(self, raw: memoryview, digest: bytes, width: int, out: memoryview) -> int | None:
-        """Encode into ``out``; the encoded size, or None where the chunk is to be stored raw."""
-        width = _codec_width(width, raw.nbytes)
-        with borrow_scratch() as scratch:
-            scheme = choose(raw, width, self._effort, scratch)
-            if scheme.fraction > WORTHWHILE or not self._is_wanted(scheme):
-                return None
-            begin = self._clock()
-            size = encode(raw, scheme, out, scratch)
-            seconds = self._clock() - begin
-        if size is None:
-            self._meter.record_encode(width, raw.nbytes, raw.nbytes, seconds)
-            return None
-        self._meter.record_encode(width, raw.nbytes, size, seconds)
-        if self._is_due_for_check(width) and not self._comes_back(out[:size], raw.nbytes, digest):
-            self._codec_is_broken = True
-            logger.error(
-                "an encoded chunk of %d bytes (width %d) does not decode to what it was: it and the rest of this take "
-                "are stored raw. Nothing is lost; please report this as a bug of torchsnapshot",
-                raw.nbytes,
-                width,
-            )
-            return None
-        return size
-
-    def _is_wanted(self, scheme: Scheme) -> bool:
-        if self._encoding == "smallest" or scheme.fraction <= _ALWAYS_WORTHWHILE:
-            return True
-        return self._meter.wants_encoding(scheme.width)
-
-    def _is_due_for_check(self, width: int) -> bool:
-        with self._settled:
-            count = self._num_encoded.get(width, 0)
-            self._num_encoded[width] = count + 1
-        return count % CHECK_EVERY == 0
-
-    def _comes_back(self, stored: memoryview, nbytes: int, digest: bytes) -> bool:
-        buffer = self._pool.acquire(nbytes)
-        try:
-            raw = buffer.memory(nbytes)
-            decode_into(stored, raw)
-            return digest_of(raw) == digest
-        except (FormatError, CorruptionError):
-            return False
-        finally:
-            buffer.release()
-
-
-def _codec_width(width: int, nbytes: int) -> int:
-    """The width that the codec uses: complex128 comes as pairs of float64, what has no whole elements as bytes."""
-    if width not in WIDTHS:
-        width = 8 if width % 8 == 0 else 1
-    return width if nbytes % width == 0 else 1

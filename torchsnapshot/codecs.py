@@ -1,4 +1,4 @@
-"""How the bytes of a chunk become fewer: byte planes, XOR with a base, zstd on the planes that compress.
+"""How the bytes of a chunk become fewer: byte planes, the difference to a base, zstd on the planes that compress.
 
 What lives here: the choice of how to encode, coding and decoding; pure functions from bytes to bytes. What doesn't:
 the layout of an encoded chunk (``encoded``), the arithmetic on planes (``planes``), digests, keys, blobs, which chunk
@@ -9,6 +9,10 @@ are noise. Split apart, the former shrink to a third under an entropy coder and 
 the parameters below zstd is nearly a pure Huffman coder: it hardly looks for matches, which numbers do not have, and
 runs at about 1 GB/s a core. Long runs (zeros, constants) are matches all the same and vanish.
 
+Against a base, the elements' difference as integers is what is split: neighbouring floats of one sign are neighbouring
+integers. XOR says the same with more bits wherever a carry runs through the number (a step from 0x7FFF to 0x8000 flips
+sixteen of them); on weights and second moments after ten steps the difference came out 2 to 8 % smaller.
+
 Invariants: decoding reads and writes nothing outside what it was given and allocates in proportion to ``out``, whatever
 the bytes say.
 """
@@ -18,7 +22,7 @@ from __future__ import annotations
 import os
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Final
 
@@ -28,6 +32,7 @@ import zstandard
 from torchsnapshot import planes
 from torchsnapshot.buffers import address_of, map_pages
 from torchsnapshot.encoded import (
+    FLAG_DIFFERENCE,
     FLAG_ROTATED,
     FLAG_XOR,
     MAX_RAW_NBYTES,
@@ -64,12 +69,16 @@ class Effort(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """How a chunk is to be encoded, and the fraction of the raw size that its sample came to."""
+    """How a chunk is to be encoded, and the fraction of the raw size that its sample came to.
+
+    ``difference``: against a base, the elements' difference; else their XOR.
+    """
 
     width: int
     rotated: bool
     lanes: tuple[Lane, ...]
     fraction: float
+    difference: bool = False
 
 
 # a plane is coded if its sample shrinks to this; small gains are not worth what they cost at every restore
@@ -137,16 +146,32 @@ def choose(raw: memoryview, width: int, effort: Effort, scratch: Scratch, base: 
         width: size of an element in bytes.
         effort: see ``Effort``.
         scratch: the caller's own.
-        base: what ``raw`` will be XORed with; of the same size.
+        base: what ``raw`` will be coded against; of the same size.
     """
     width = _effective_width(raw.nbytes, width)
-    sample = planes.sample(raw, base, width, _SAMPLE_NUM_RUNS, _SAMPLE_RUN_LENGTH[effort], scratch.tiles)
+    best: Scheme | None = None
+    if base is not None:
+        best = replace(_choose(raw, width, effort, scratch, base, difference=True), difference=True)
+    # against a base, XOR is hardly ever the smaller one
+    if best is None or effort is Effort.SMALLEST:
+        other = _choose(raw, width, effort, scratch, base, difference=False)
+        if best is None or other.fraction < best.fraction:
+            best = other
+    return best
+
+
+def _choose(
+    raw: memoryview, width: int, effort: Effort, scratch: Scratch, base: memoryview | None, *, difference: bool
+) -> Scheme:
+    run_length = _SAMPLE_RUN_LENGTH[effort]
+    sample = planes.sample(raw, base, width, _SAMPLE_NUM_RUNS, run_length, scratch.tiles, difference=difference)
     best = _scheme(sample, False, effort, scratch)
     # rotation makes bf16 weights 1 % smaller and takes a third more time
     if effort is Effort.SMALLEST and width > 1:
-        rotated = _scheme(sample, True, effort, scratch)
-        if rotated.fraction < best.fraction * _ROTATION_GAIN:
-            best = rotated
+        if not difference:
+            rotated = _scheme(sample, True, effort, scratch)
+            if rotated.fraction < best.fraction * _ROTATION_GAIN:
+                best = rotated
         data = scratch.tiles.memory(width, 0, sample.numel())
         fraction = len(scratch.search.compress(data)) / data.nbytes
         if fraction < best.fraction * _SEARCH_GAIN:
@@ -199,7 +224,7 @@ def encode(
         places = [raw]  # the elements as they lie
     else:
         extents = [((lane.start, lane.size), place) for lane, place in zip(lanes, places, strict=True)]
-        planes.split(raw, base, scheme.width, scheme.rotated, extents, scratch.tiles)
+        planes.split(raw, base, scheme.width, scheme.rotated, extents, scratch.tiles, difference=scheme.difference)
     stored: list[int] = []
     for lane, place in zip(lanes, places, strict=True):
         if lane.method == METHOD_RAW:
@@ -210,7 +235,9 @@ def encode(
             return None
         stored.append(filled)
         end += filled
-    flags = FLAG_ROTATED * scheme.rotated + FLAG_XOR * (base is not None)
+    flags = FLAG_ROTATED * scheme.rotated
+    if base is not None:
+        flags |= FLAG_DIFFERENCE if scheme.difference else FLAG_XOR
     pack_header(out, scheme.width, flags, raw.nbytes, lanes, stored)
     return end
 
@@ -285,7 +312,7 @@ def decode_into(
     Args:
         stored: exactly one encoded chunk.
         out: writable memory of the chunk's raw size, as the chunk's reference states it; not overlapping ``stored``.
-        base: the base's raw bytes where the chunk was XORed with one; may be ``out`` itself.
+        base: the base's raw bytes where the chunk was coded against one; may be ``out`` itself.
         scratch: the caller's own; borrowed if None.
 
     Raises:
@@ -295,7 +322,7 @@ def decode_into(
     header = read_header(stored)
     if header.raw_nbytes != out.nbytes:
         raise FormatError(f"an encoded chunk of {header.raw_nbytes} raw bytes where {out.nbytes} were expected")
-    if bool(header.flags & FLAG_XOR) != (base is not None):
+    if bool(header.flags & (FLAG_XOR | FLAG_DIFFERENCE)) != (base is not None):
         raise FormatError("an encoded chunk needs a base and none was given, or the other way round")
     if base is not None and base.nbytes != out.nbytes:
         raise FormatError(f"a base of {base.nbytes} bytes for a chunk of {out.nbytes}")
@@ -337,7 +364,8 @@ def _decode(header: Header, stored: memoryview, out: memoryview, base: memoryvie
         places.append(place)
     if not direct:
         extents = [((lane.start, lane.size), place) for lane, place in zip(header.lanes, places, strict=True)]
-        planes.merge(extents, base, header.width, bool(header.flags & FLAG_ROTATED), out, scratch.tiles)
+        rotated, difference = bool(header.flags & FLAG_ROTATED), bool(header.flags & FLAG_DIFFERENCE)
+        planes.merge(extents, base, header.width, rotated, out, scratch.tiles, difference=difference)
 
 
 def _decompress(decompressor: zstandard.ZstdDecompressor, data: memoryview, out: memoryview) -> None:

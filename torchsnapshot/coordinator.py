@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from torchsnapshot.errors import FormatError
 from torchsnapshot.links import MAX_PART_NBYTES, Client, KeyValueStore, part_keys, parts
-from torchsnapshot.members import Peer, StoreSession
+from torchsnapshot.members import CLOSED_DOOR, Peer, StoreSession
 from torchsnapshot.messages import (
     CoordinationLost,
     Stage,
@@ -31,9 +31,6 @@ logger = logging.getLogger(__name__)
 VALUES_PER_REQUEST = 16
 KEYS_PER_CALL = 256
 """So many keys are removed between two chances to beat."""
-
-_CLOSED_DOOR = "-"
-"""What a door holds until its rank knocks for the first time: many keys can only be read at once if all exist."""
 
 
 class CoordinatorSession(StoreSession):
@@ -55,7 +52,8 @@ class CoordinatorSession(StoreSession):
         self._peers = {rank: Peer(looked=time.monotonic()) for rank in range(1, self.world_size)}
         self._open_welcomes: set[str] = set()
         self._answer_keys: list[str] = []
-        self._last_answer_keys: list[str] = []
+        self._verdict_keys: list[str] = []
+        self._settled = False  # all have reported in the last round: what happens to them now changes nothing
         try:
             self._call(self._open)
             self._link.start_beating(self._beat, limits.beat, limits.silence)
@@ -69,15 +67,15 @@ class CoordinatorSession(StoreSession):
         doors = [self._door_key(rank) for rank in self._peers]
         if not client.has_all(doors):
             for door in doors:
-                client.create(door, _CLOSED_DOOR)
+                client.create(door, CLOSED_DOOR.decode())
         client.set_many({self._status_key(rank): b"" for rank in self._peers})
 
     # -------------------------------------------------------------- seeing (in the link's thread)
 
     def _beat(self, client: Client) -> None:
         self._set_status(client, self._status)
-        if self._failures is None:
-            self._judge(client, [rank for rank, peer in self._peers.items() if not _has_gone(peer)])
+        if not self._settled:
+            self._judge(client, list(self._peers))
 
     def _look(self, client: Client, ranks: Sequence[int]) -> None:
         """See what these ranks say, and let in those that ask."""
@@ -91,7 +89,7 @@ class CoordinatorSession(StoreSession):
         welcomes: dict[str, bytes] = {}
         nonces = client.get_many([self._door_key(rank) for rank in outside])
         for rank, nonce in zip(outside, nonces, strict=True):
-            if nonce not in (self._peers[rank].nonce, _CLOSED_DOOR.encode()):
+            if nonce not in (self._peers[rank].nonce, CLOSED_DOOR):
                 self._peers[rank].nonce = nonce
                 welcomes[self._welcome_key(nonce.decode())] = self._base.removeprefix("ts/").encode()
         client.set_many(welcomes)
@@ -99,17 +97,19 @@ class CoordinatorSession(StoreSession):
 
     def _judge(self, client: Client, ranks: Sequence[int], number: int = 0, name: str = "") -> None:
         """Look at these ranks and publish what failed, where ``number`` > 0 also who cannot take part in that round."""
+        if self._failures is not None:
+            return
         self._look(client, ranks)
         failures: dict[int, str] = {}
         broken = []
         for rank in ranks:
             peer = self._peers[rank]
             if peer.status is None:
-                if peer.silent > self._limits.entering:
+                if self._is_lost(peer):
                     failures[rank] = f"lost: it has not entered within {self._limits.entering:g} s"
             elif peer.status.stage is Stage.FAILED:
                 broken.append(rank)
-            elif peer.silent > self._limits.silence and peer.status.stage is Stage.JOINED:
+            elif self._is_lost(peer) and peer.status.stage is Stage.JOINED:
                 failures[rank] = f"lost: no sign of life for {peer.silent:.0f} s"
             elif number and peer.status.stage is Stage.LEFT:
                 failures[rank] = f"it left before round {name!r}"
@@ -122,9 +122,13 @@ class CoordinatorSession(StoreSession):
         if failures:
             self._publish_failure(client, failures)
 
+    def _is_lost(self, peer: Peer) -> bool:
+        return peer.silent > (self._limits.entering if peer.status is None else self._limits.silence)
+
     def _publish_failure(self, client: Client, failures: dict[int, str]) -> None:
         for key, part in parts(f"{self._base}/f", pack_failures(failures)):
             client.set(key, part)
+            self._verdict_keys.append(key)
         self._set_status(client, replace(self._status, stage=Stage.FAILED))
         self._failures = failures
 
@@ -147,17 +151,23 @@ class CoordinatorSession(StoreSession):
         values: dict[int, bytes] = {0: value}
         pace = Pace(self.world_size)
         while pending := [rank for rank in self._peers if rank not in values]:
-            self._call(lambda client, ranks=pending: self._judge(client, ranks, number, name))  # type: ignore[misc]
+            self._call(self._judge, pending, number, name)
             self.check()
             arrived = [rank for rank in pending if self._has_reported(rank, number)]
             for start in range(0, len(arrived), VALUES_PER_REQUEST):
                 batch = arrived[start : start + VALUES_PER_REQUEST]
-                keys = [f"{self._base}/p/{number}/{rank}" for rank in batch]
-                found = self._call(lambda client, keys=keys: client.get_values(keys))  # type: ignore[misc]
-                values.update(zip(batch, found, strict=True))
+                found = self._call(self._fetch, number, batch)
+                values.update(zip(batch, found, strict=False))
+            self.check()
             if len(arrived) < len(pending):
                 pace.pause()
         return [values[rank] for rank in range(self.world_size)]
+
+    def _fetch(self, client: Client, number: int, ranks: Sequence[int]) -> list[bytes]:
+        # a rank that has seen the verdict removes what it sent, and reading what isn't there would never end
+        if self._failures is not None:
+            return []
+        return client.get_values([f"{self._base}/p/{number}/{rank}" for rank in ranks])
 
     def _has_reported(self, rank: int, number: int) -> bool:
         status = self._peers[rank].status
@@ -168,7 +178,7 @@ class CoordinatorSession(StoreSession):
         self._remove(self._answer_keys)
         self._answer_keys = []
         individual = not isinstance(answer, bytes)
-        answers = {f"/{rank}": data for rank, data in enumerate(answer) if rank} if individual else {"": answer}
+        answers = {"": answer} if isinstance(answer, bytes) else {f"/{r}": data for r, data in enumerate(answer) if r}
         small: dict[str, bytes] = {}
         for suffix, data in answers.items():
             for key, part in parts(f"{self._base}/v/{number}{suffix}", data):
@@ -178,11 +188,13 @@ class CoordinatorSession(StoreSession):
                     self._store(small)
                     small = {}
         self._store(small)
-        answered = replace(self._status, round=number, name=name, individual=individual)
-        self._call(lambda client: self._set_status(client, replace(answered, stage=self._status.stage)))
+        self._call(self._set_answered, number, name, individual)
+
+    def _set_answered(self, client: Client, number: int, name: str, individual: bool) -> None:
+        self._set_status(client, replace(self._status, round=number, name=name, individual=individual))
 
     def _store(self, values: dict[str, bytes]) -> None:
-        self._call(lambda client: client.set_many(values))
+        self._call(Client.set_many, values)
 
     # -------------------------------------------------------------- ends
 
@@ -192,7 +204,10 @@ class CoordinatorSession(StoreSession):
         done: list[bytes | list[bytes]] = []
         try:
             number = self._status.round + 1
-            done.append(self._decide(decide, self._collect(number, name, value)))
+            values = self._collect(number, name, value)
+            self._call(self._settle)
+            self.check()
+            done.append(self._decide(decide, values))
             self._publish(number, name, done[0])
         except CoordinationLost as lost:
             if not done:
@@ -201,13 +216,17 @@ class CoordinatorSession(StoreSession):
         self._depart()
         return done[0] if isinstance(done[0], bytes) else done[0][0]
 
+    def _settle(self, client: Client) -> None:
+        """From here on no rank can make the session fail but this one. Runs in the link's thread, which judges."""
+        self._settled = True
+
     def fail(self, error: BaseException) -> BaseException:
         """End the session on every rank because of this rank's error."""
         raised = self._own_error(error)
         if not self._over:
             failures = {**(self._failures or {}), 0: traceback_text(error)}
             try:
-                self._call(lambda client: self._publish_failure(client, failures))
+                self._call(self._publish_failure, failures)
             except CoordinationLost:
                 pass  # then the others have lost the store as well
             self._depart()
@@ -227,54 +246,54 @@ class CoordinatorSession(StoreSession):
             return
         self._over = True
         try:
+            if self._failures is None:
+                self._call(self._settle)
+                self._call(self._set_stage, Stage.LEFT)
             staying = self._wait_acknowledged()
             self._clean_up(staying)
-        except CoordinationLost as lost:
-            logger.debug("Keys of a session may be left in the process group's store: %s", lost)
+        except (CoordinationLost, FormatError) as error:
+            logger.debug("Keys of a session may be left in the process group's store: %s", error)
         finally:
             self._close()
 
     def _wait_acknowledged(self) -> set[int]:
-        """Wait for the ranks that have entered; returns those that may still be reading."""
+        """Wait until the others know; returns those that may still be reading."""
         pace, start = Pace(self.world_size), time.monotonic()
         while True:
-            staying = {
-                rank
-                for rank, peer in self._peers.items()
-                if not _has_gone(peer)
-                and not (self._failures and (peer.status is None or rank in self._failures))
-                and peer.silent <= self._limits.silence
-            }
+            staying = {rank for rank, peer in self._peers.items() if not _has_gone(peer) and not self._is_lost(peer)}
             if not staying or time.monotonic() - start > self._limits.acknowledgement:
                 return staying
-            self._call(lambda client, ranks=sorted(staying): self._look(client, ranks))  # type: ignore[misc]
-            if self._failures is None:
-                self._call(lambda client, ranks=sorted(staying): self._judge(client, ranks))  # type: ignore[misc]
+            self._call(self._look, sorted(staying))
             pace.pause()
 
     def _clean_up(self, staying: Collection[int]) -> None:
         self._remove(self._open_welcomes)
-        self._remove([self._status_key(rank) for rank in self._peers if rank not in staying])
         if self._failures is not None:
-            self._remove_payloads()
+            self._call(self._remove_left_behind)
+        # a rank that may still be reading finds rank 0's status, and what it leads to
+        self._remove([self._status_key(rank) for rank in self._peers if rank not in staying])
         if not staying:
-            self._remove(self._answer_keys)
-            self._remove([*part_keys(f"{self._base}/f", 0), self._status_key(0)])
+            self._remove([*self._answer_keys, *self._verdict_keys, self._status_key(0)])
 
-    def _remove_payloads(self) -> None:
-        """What ranks sent before the session failed, as far as rank 0 knows of it."""
+    def _remove_left_behind(self, client: Client) -> None:
+        """Remove what the failed ranks themselves no longer remove."""
         keys = []
-        for rank, peer in self._peers.items():
-            if peer.status is not None:
-                keys += [f"{self._base}/p/{number}/{rank}/0" for number in (peer.status.round, self._status.round + 1)]
+        for rank in self._failures or ():
+            status = self._peers[rank].status if rank else None
+            if status is None:
+                continue
+            if status.stage is Stage.FAILED:
                 keys.append(f"{self._base}/e/{rank}/0")
-        self._remove(keys)
+            if status.round > self._status.round and status.stage is not Stage.LEFT:
+                payload = f"{self._base}/p/{status.round}/{rank}"
+                (value,) = client.get_values([payload])
+                keys += part_keys(payload, len(value))
+        client.delete(keys)
 
     def _remove(self, keys: Iterable[str]) -> None:
         names = list(keys)
         for start in range(0, len(names), KEYS_PER_CALL):
-            batch = names[start : start + KEYS_PER_CALL]
-            self._call(lambda client, batch=batch: client.delete(batch))  # type: ignore[misc]
+            self._call(Client.delete, names[start : start + KEYS_PER_CALL])
 
 
 def _has_gone(peer: Peer) -> bool:

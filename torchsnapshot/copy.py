@@ -58,7 +58,7 @@ def copy_snapshot(
     Raises:
         What reading the source and taking at the destination raise; then there is no copy.
     """
-    place = place_for_take(destination, store, storage_options)
+    place = place_for_take(destination, store, storage_options, durable=knobs.is_durable())
     target = Repository.create_or_open(place.backend, chunk_nbytes=source.repository.chunk_nbytes)
     stats = Stats()
     with reading(source.repository, source.name), writing(target, place.name) as session:

@@ -8,7 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torchsnapshot.entries import ContainerEntry, Entry, OpaqueEntry, StoredManifest, TensorEntry, ValueEntry
+from torchsnapshot.entries import (
+    ContainerEntry,
+    Entry,
+    OpaqueEntry,
+    ShardedTensorEntry,
+    StoredManifest,
+    TensorEntry,
+    ValueEntry,
+    spans_of,
+)
 
 Content = tuple[bytes, int]
 """One chunk's digest and raw size in bytes."""
@@ -75,13 +84,7 @@ def _compare_entries(
 
 def _contents(manifest: StoredManifest, entry: Entry) -> list[Content]:
     """What every chunk of a leaf holds, in order."""
-    if isinstance(entry, TensorEntry):
-        spans = [shard.span for shard in entry.shards]
-    elif isinstance(entry, ContainerEntry) or entry.span is None:
-        spans = []
-    else:
-        spans = [entry.span]
-    return [(ref.digest, ref.nbytes) for span in spans for ref in manifest.refs(span)]
+    return [(ref.digest, ref.nbytes) for span in spans_of(entry) for ref in manifest.refs(span)]
 
 
 def _cut(entry: Entry) -> object:
@@ -89,6 +92,8 @@ def _cut(entry: Entry) -> object:
     if isinstance(entry, TensorEntry):
         boxes = tuple((shard.boxes, shard.span.count) for shard in entry.shards)
         return (entry.shape, entry.dtype, entry.permutation, entry.cell, boxes)
+    if isinstance(entry, ShardedTensorEntry):
+        return (entry.shape, entry.dtype, entry.cell, entry.sharding)
     if isinstance(entry, ContainerEntry) or entry.span is None:
         return None
     return (type(entry), entry.span.count)
@@ -98,11 +103,11 @@ def _inline(entry: Entry) -> bytes | None:
     """The bytes of a leaf that stands in the manifest itself."""
     if isinstance(entry, TensorEntry):
         return entry.inline
-    return None if isinstance(entry, ContainerEntry) else entry.data
+    return None if isinstance(entry, (ContainerEntry, ShardedTensorEntry)) else entry.data
 
 
 def _kind(entry: Entry) -> str:
-    if isinstance(entry, TensorEntry):
+    if isinstance(entry, (TensorEntry, ShardedTensorEntry)):
         return f"{entry.dtype} {list(entry.shape)}"
     if isinstance(entry, OpaqueEntry):
         return f"pickled {entry.type_name}"

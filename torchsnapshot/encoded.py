@@ -9,7 +9,7 @@ An encoded chunk, integers little-endian::
     4       1     version of this layout: 1
     5       1     codec: 1 (planes)
     6       1     width in bytes of an element: 1, 2, 4 or 8; the raw size is a multiple of it
-    7       1     flags: 1 = rotated, 2 = XOR with a base, other bits 0
+    7       1     flags: 1 = rotated, 2 = XOR with a base, 4 = difference to a base (alone), other bits 0
     8       8     raw size in bytes
     16      1     number of lanes, 1 to width
     17      7     zero
@@ -24,7 +24,9 @@ An encoded chunk, integers little-endian::
 The lanes cover each byte of the element exactly once. A lane is the array of its bytes of every element. To decode,
 put every element together from its lanes as an unsigned little-endian integer; if "rotated", rotate it right by one
 bit (the encoder rotated left: the sign went to the bottom, all of an IEEE exponent's bits came together at the top);
-if "XOR", XOR it with the element of the base, which has the same raw size.
+if "XOR", XOR it with the element of the base, which has the same raw size. If "difference", it is the zigzag form of
+the difference *d* to the base's element, as integers modulo 2^bits (2 *d*, or −2 *d* − 1 where *d* is negative): shift
+it right by one bit, invert all bits if the bit that fell out was 1, and add the element of the base.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ VERSION: Final = 1
 CODEC_PLANES: Final = 1
 FLAG_ROTATED: Final = 1
 FLAG_XOR: Final = 2
+FLAG_DIFFERENCE: Final = 4
 METHOD_RAW: Final = 0
 METHOD_ZSTD: Final = 1
 
@@ -105,7 +108,7 @@ def read_header(stored: memoryview) -> Header:
     if stored.nbytes < _HEADER.size or bytes(stored[:4]) != MAGIC:
         raise FormatError("not an encoded chunk: it does not begin with the magic bytes")
     _, version, codec, width, flags, raw_nbytes, num_lanes = _HEADER.unpack_from(stored)
-    if version != VERSION or codec != CODEC_PLANES or flags & ~(FLAG_ROTATED | FLAG_XOR):
+    if version != VERSION or codec != CODEC_PLANES or flags & ~(FLAG_ROTATED | FLAG_XOR | FLAG_DIFFERENCE):
         raise NewerFormatError(
             f"an encoded chunk of version {version}, codec {codec}, flags {flags:#x}: a newer torchsnapshot wrote it"
         )
@@ -113,6 +116,8 @@ def read_header(stored: memoryview) -> Header:
         raise FormatError(f"an encoded chunk says width {width} and {num_lanes} lanes")
     if not 0 < raw_nbytes <= MAX_RAW_NBYTES or raw_nbytes % width or (flags & FLAG_ROTATED and width == 1):
         raise FormatError(f"an encoded chunk says raw size {raw_nbytes}, width {width}, flags {flags}")
+    if flags & FLAG_DIFFERENCE and flags != FLAG_DIFFERENCE:
+        raise FormatError(f"an encoded chunk says flags {flags}: a difference is neither rotated nor XORed")
     end = header_nbytes(num_lanes)
     if stored.nbytes < end:
         raise FormatError("an encoded chunk ends within its header")

@@ -1,8 +1,8 @@
 """What a manifest says about the state, as restore, ``show`` and the next take read it.
 
 What lives here: ``StoredManifest``, a whole manifest from the tensor side. Exported from here too: the entry kinds and
-the names of places (``entry_kinds``), and the bytes of the *entries* section (``entry_section``). What doesn't live
-here: upstream's view of a manifest (``manifest``), the container (``store.envelope``).
+the names of places (``entry_kinds``), and the *entries* section (``entry_section``, ``entry_builder``). What doesn't
+live here: upstream's view of a manifest (``manifest_view``), the container (``store.envelope``).
 
 Invariant: an entry that ``StoredManifest`` gives out fits its chunk table: its spans are inside, and its chunks' raw
 sizes add up to its own. Where the table is a reference, that holds once ``check`` has been called for the entry.
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cached_property
 
+from torchsnapshot.entry_builder import EntriesBuilder, pack_entries, pack_trees
 from torchsnapshot.entry_bytes import MAX_DEPTH, MAX_INLINE_NBYTES
 from torchsnapshot.entry_kinds import (
     MAX_PATH_NCHARS,
@@ -35,15 +36,7 @@ from torchsnapshot.entry_kinds import (
     spans_of,
     unescape,
 )
-from torchsnapshot.entry_section import (
-    ENTRIES_VERSION,
-    EntriesBuilder,
-    EntriesSection,
-    Tree,
-    pack_entries,
-    pack_trees,
-    unpack_entries,
-)
+from torchsnapshot.entry_section import ENTRIES_VERSION, EntriesSection, Tree, unpack_entries
 from torchsnapshot.errors import FormatError
 from torchsnapshot.store.envelope import ChunkRef, ChunkTable, Envelope, Head, LoadTable, ManifestFile
 

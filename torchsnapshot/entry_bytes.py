@@ -33,7 +33,7 @@ from torchsnapshot.entry_kinds import (
     component_of,
     is_place,
 )
-from torchsnapshot.errors import FormatError, NewerFormatError
+from torchsnapshot.errors import NewerFormatError
 from torchsnapshot.grid import Box
 from torchsnapshot.store import bounded
 
@@ -135,9 +135,7 @@ def unpack_records(
 class _Unpacking:
     """One run over records: which places are still to come, and what may still be allocated."""
 
-    def __init__(
-        self, reader: bounded.FieldReader, num_records: int, sharded: Sequence[ShardedTensorEntry]
-    ) -> None:
+    def __init__(self, reader: bounded.FieldReader, num_records: int, sharded: Sequence[ShardedTensorEntry]) -> None:
         self._reader = reader
         self._num_records = num_records
         self._sharded = sharded

@@ -1,41 +1,24 @@
-"""The *entries* section: a tree of entries for every rank, where what ranks have in common stands once.
+"""Reading the *entries* section: a tree of entries for every rank, where what ranks have in common stands once.
 
-What lives here: building the section tree by tree, and reading it. What doesn't: its records (``entry_bytes``,
-``entry_shardings``), the manifest around it (``entries``).
+What lives here: the section as it is read, tree by tree. What doesn't: building it (``entry_builder``), its records
+(``entry_bytes``, ``entry_shardings``), the manifest around it (``entries``).
 
 A tree is written whole, or as what differs from a whole one that stands before it: the places that are other, each with
 all below it, and the app_state keys that are gone. Ranks with equal trees share one. So an entry that many ranks hold
 alike, a replicated one, is stored once; in memory it is one object.
 
-Invariants: what was read is checked in full before it is used, tree by tree, when a rank's entries are first asked for;
-a tree that is written down can be read.
+Invariant: what was read is checked in full before it is used, tree by tree, when a rank's entries are first asked for.
 """
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 
-from torchsnapshot.entry_bytes import pack_record, unpack_records
-from torchsnapshot.entry_kinds import (
-    MAX_PATH_NCHARS,
-    ContainerEntry,
-    Entry,
-    ShardedTensorEntry,
-    children,
-    is_entry_path,
-)
-from torchsnapshot.entry_shardings import (
-    MAX_RANK,
-    Mesh,
-    pack_mesh,
-    pack_sharded,
-    unpack_mesh,
-    unpack_ranks,
-    unpack_sharded,
-)
+from torchsnapshot.entry_bytes import unpack_records
+from torchsnapshot.entry_kinds import MAX_PATH_NCHARS, ContainerEntry, Entry
+from torchsnapshot.entry_shardings import unpack_mesh, unpack_ranks, unpack_sharded
 from torchsnapshot.errors import FormatError, NewerFormatError
 from torchsnapshot.store import bounded
 
@@ -66,198 +49,14 @@ def _ancestors(path: str) -> Iterator[str]:
         yield path
 
 
-def _is_below(path: str, places: set[str]) -> bool:
+def is_below(path: str, places: set[str]) -> bool:
+    """Whether one of the places is above the path."""
     return any(ancestor in places for ancestor in _ancestors(path))
 
 
-def _is_at_or_below(path: str, places: set[str]) -> bool:
-    return path in places or _is_below(path, places)
-
-
-# ------------------------------------------------------------------ writing
-
-
-@dataclass(slots=True)
-class _Packed:
-    """A tree as it will be written: the ranks that have it, and all else of its line."""
-
-    ranks: list[int]
-    base: int | None
-    removed: tuple[str, ...]
-    num_records: int
-    records: bytes
-
-
-class EntriesBuilder:
-    """Collects the trees of all ranks, and makes the section. It keeps whole trees only, and of the others what differs.
-
-    Entries that are the same object in several trees are compared at once; others by their fields.
-    """
-
-    def __init__(self) -> None:
-        self._meshes: dict[Mesh, int] = {}
-        self._sharded: dict[ShardedTensorEntry, int] = {}
-        self._sharded_by_id: dict[int, tuple[int, ShardedTensorEntry]] = {}
-        self._sharded_records: list[bytes] = []
-        self._trees: list[_Packed] = []
-        self._whole: dict[int, Tree] = {}
-        self._last_base: int | None = None
-        self._seen: dict[tuple[int | None, tuple[str, ...], bytes], int] = {}
-        self._ranks: set[int] = set()
-
-    def add(self, ranks: Sequence[int], entries: Tree) -> None:
-        """Add the tree that these ranks have.
-
-        Args:
-            ranks: global ranks; each may be added once.
-            entries: by path without rank; every container's children are there. Do not change it afterwards.
-
-        Raises:
-            ValueError: an entry that no manifest can hold, a path that is nobody's child, a rank that was added before.
-        """
-        for rank in ranks:
-            if not 0 <= rank <= MAX_RANK or rank in self._ranks:
-                raise ValueError(f"rank {rank} was added before, or is no rank")
-            self._ranks.add(rank)
-        if not ranks:
-            raise ValueError("a tree of no rank")
-        base, places, removed = self._closest(entries)
-        records, num_records = self._pack_places(entries, places, is_all=base is None)
-        line = (base, removed, records)
-        if line in self._seen:
-            self._trees[self._seen[line]].ranks.extend(ranks)
-            return
-        self._seen[line] = number = len(self._trees)
-        if base is None:
-            self._whole[number] = entries
-            self._last_base = number
-        self._trees.append(_Packed(list(ranks), base, removed, num_records, records))
-
-    def build(self) -> bytes:
-        """The section.
-
-        Raises:
-            ValueError: as for ``add``.
-        """
-        parts = [
-            bounded.pack([ENTRIES_VERSION, len(self._meshes), len(self._sharded_records), len(self._trees)]),
-            *map(pack_mesh, self._meshes),
-            *self._sharded_records,
-        ]
-        for tree in self._trees:
-            ranks = array("I", sorted(tree.ranks)).tobytes()
-            parts.append(bounded.pack([ranks, tree.base, tree.removed, tree.num_records, tree.records]))
-        data = b"".join(parts)
-        try:
-            # one more pass, but nothing is ever committed that cannot be read
-            EntriesSection(data).check()
-        except FormatError as error:
-            raise ValueError(str(error)) from error
-        return data
-
-    def _closest(self, entries: Tree) -> tuple[int | None, list[str], tuple[str, ...]]:
-        """The whole tree to write this one against, the places that differ, and the app_state keys that are gone."""
-        candidates = sorted(self._whole, key=lambda number: number != self._last_base)
-        for number in candidates:
-            places, removed, num_others = _difference(self._whole[number], entries)
-            if num_others <= len(entries) // 2:
-                self._last_base = number
-                return number, places, removed
-        return None, [path for path in entries if "/" not in path], ()
-
-    def _pack_places(self, entries: Tree, places: list[str], *, is_all: bool) -> tuple[bytes, int]:
-        """The records at and below these places, depth-first."""
-        parts: list[bytes] = []
-        seen: set[str] = set()
-        for place in places:
-            parts.append(bounded.pack(place))
-            pending = [place]
-            while pending:
-                path = pending.pop()
-                entry = entries.get(path)
-                if entry is None or path in seen:
-                    raise ValueError(f"the entry {path!r:.200} of a container is missing, or another entry's child too")
-                seen.add(path)
-                try:
-                    parts.append(pack_record(entry, self._number_of))
-                except ValueError as error:
-                    raise ValueError(f"{path}: {error}") from error
-                if isinstance(entry, ContainerEntry):
-                    pending.extend(reversed(children(path, entry)))
-        if is_all and len(seen) != len(entries):
-            lost = next(path for path in entries if path not in seen)
-            raise ValueError(f"{lost!r:.200} is not the path of an app_state key, and no container's child")
-        return b"".join(parts), len(seen)
-
-    def _number_of(self, entry: ShardedTensorEntry) -> int:
-        known = self._sharded_by_id.get(id(entry))
-        if known is not None:
-            return known[0]
-        number = self._sharded.setdefault(entry, len(self._sharded))
-        # the entry stands beside its number, so that nothing else gets its id
-        self._sharded_by_id[id(entry)] = number, entry
-        if number == len(self._sharded_records):
-            mesh = (entry.sharding.mesh_shape, entry.sharding.mesh_ranks)
-            self._sharded_records.append(pack_sharded(entry, self._meshes.setdefault(mesh, len(self._meshes))))
-        return number
-
-
-def _difference(base: Tree, entries: Tree) -> tuple[list[str], tuple[str, ...], int]:
-    """What makes ``entries`` of ``base``: the places that differ, without those below them; the app_state keys that
-    are gone; and how many entries are not taken over."""
-    others = [path for path, entry in entries.items() if base.get(path) is not entry and not same(base.get(path), entry)]
-    removed = tuple(path for path in base if path not in entries and "/" not in path)
-    differing = set(others)
-    places = [path for path in others if not _is_below(path, differing)]
-    are_leaves = all(
-        path in base and not isinstance(base[path], ContainerEntry) and not isinstance(entries[path], ContainerEntry)
-        for path in others
-    )
-    if are_leaves and not removed and len(base) == len(entries):
-        return places, removed, len(others)
-    num_others = 0
-    pending = list(places)
-    while pending:
-        path = pending.pop()
-        num_others += 1
-        entry = entries.get(path)
-        if isinstance(entry, ContainerEntry):
-            pending.extend(children(path, entry))
-    gone = {*places, *removed}
-    num_kept = sum(not _is_at_or_below(path, gone) for path in base)
-    if num_kept + num_others != len(entries):
-        # it cannot be made of the base, as it is no tree; writing it whole says what is wrong with it
-        return places, removed, len(entries) + 1
-    return places, removed, num_others
-
-
-def pack_trees(trees: Mapping[int, Tree]) -> bytes:
-    """The entries section of the trees of several ranks. Raises as ``EntriesBuilder`` does."""
-    builder = EntriesBuilder()
-    for rank, entries in trees.items():
-        builder.add([rank], entries)
-    return builder.build()
-
-
-def pack_entries(entries: Mapping[str, Entry]) -> bytes:
-    """The entries section.
-
-    Args:
-        entries: by path, ``<rank>/<app_state key>/…``; every container's children are there.
-
-    Raises:
-        ValueError: an entry that no manifest can hold, or a path that is nobody's child.
-    """
-    trees: dict[int, dict[str, Entry]] = {}
-    for path, entry in entries.items():
-        if not is_entry_path(path):
-            raise ValueError(f"{path!r:.200} is not the path of an app_state key, nor of a place below one")
-        rank, _, place = path.partition("/")
-        trees.setdefault(int(rank), {})[place] = entry
-    return pack_trees(trees)
-
-
-# ------------------------------------------------------------------ reading
+def is_at_or_below(path: str, places: set[str]) -> bool:
+    """Whether the path is one of the places, or below one."""
+    return path in places or is_below(path, places)
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,7 +133,7 @@ class EntriesSection:
         found: Entry | None = None
         for number, varying in self._varying.items():
             entry = self._entries_of_tree(number).get(path)
-            if entry is None or _is_at_or_below(path, varying):
+            if entry is None or is_at_or_below(path, varying):
                 return None
             if found is not None and not same(found, entry):
                 return None
@@ -391,7 +190,7 @@ class EntriesSection:
         changed = {*places, *tree.removed}
         for path in changed:
             is_known = path in base
-            if (not is_known and "/" in path) or _is_below(path, changed):
+            if (not is_known and "/" in path) or is_below(path, changed):
                 raise FormatError(f"{self._where}: {path!r:.200} is not the path of an app_state key, nor in the base")
         if any(path not in base or "/" in path for path in tree.removed) or not places.keys().isdisjoint(tree.removed):
             raise FormatError(f"{self._where}: a tree removes what is no app_state key of its base")
@@ -400,7 +199,7 @@ class EntriesSection:
         base = {} if tree.base is None else self._entries_of_tree(tree.base)
         gone = {*places, *tree.removed}
         if any(isinstance(base.get(path), ContainerEntry) for path in gone):
-            kept = {path: entry for path, entry in base.items() if path in places or not _is_at_or_below(path, gone)}
+            kept = {path: entry for path, entry in base.items() if path in places or not is_at_or_below(path, gone)}
         else:
             # a leaf has nothing below it
             kept = {path: entry for path, entry in base.items() if path in places or path not in gone}

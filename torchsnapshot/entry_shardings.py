@@ -113,9 +113,7 @@ def unpack_sharded(reader: bounded.FieldReader, meshes: Sequence[Mesh]) -> Shard
         raise NewerFormatError(f"{reader.what}: a sharded tensor has the unknown wrapper {wrapper}; upgrade")
     requires_grad = reader.boolean("requires_grad")
     nbytes = reader.integer("size", MAX_NUMEL)
-    return ShardedTensorEntry(
-        dtype, shape, cell, sharding, tables, firsts, WRAPPERS[wrapper], requires_grad, nbytes
-    )
+    return ShardedTensorEntry(dtype, shape, cell, sharding, tables, firsts, WRAPPERS[wrapper], requires_grad, nbytes)
 
 
 def _placement_fields(placement: Placement) -> tuple[int, int]:

@@ -21,7 +21,7 @@ import torch
 
 from torchsnapshot import values
 from torchsnapshot.composites import COMPOSITE_KINDS, put_tensor_together, take_tensor_apart
-from torchsnapshot.entries import MAX_PATH_NCHARS, ContainerEntry, Entry, TensorEntry, children
+from torchsnapshot.entries import MAX_PATH_NCHARS, ContainerEntry, Entry, ShardedTensorEntry, TensorEntry, children
 from torchsnapshot.errors import FormatError, SnapshotError, UnsupportedValueError
 from torchsnapshot.kinds import (
     KINDS,
@@ -34,6 +34,7 @@ from torchsnapshot.kinds import (
     safe_class,
     take_apart,
 )
+from torchsnapshot.sharded import ShardedSource, describe
 from torchsnapshot.tensors import is_array, wrap, wrapper_of
 from torchsnapshot.values import Branch, Lowering, NotPlain, Special
 
@@ -58,6 +59,13 @@ class TensorLeaf(Special):
     requires_grad: bool
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class ShardedLeaf(Special):
+    """A tensor that is spread over ranks: what it is, and this rank's parts of it, not yet read."""
+
+    source: ShardedSource
+
+
 @dataclass(frozen=True, slots=True)
 class OpaqueLeaf(Special):
     """An object that only pickle can hold, pickled."""
@@ -66,7 +74,7 @@ class OpaqueLeaf(Special):
     data: bytes
 
 
-Node = ContainerEntry | ValueLeaf | TensorLeaf | OpaqueLeaf
+Node = ContainerEntry | ValueLeaf | TensorLeaf | ShardedLeaf | OpaqueLeaf
 
 OnOpaque = Callable[[str, str], None]
 """Told the path and the type's name of every value that is stored as a pickle."""
@@ -117,7 +125,7 @@ def flatten(prefix: str, state: Any, *, on_opaque: OnOpaque) -> dict[str, Node]:
             ahead.extend(reversed(list(zip(children(path, entry), node.children, strict=True))))
         elif isinstance(node, _Problem):
             problems.append(f"{path}: {node.type_name}: {node.reason}")
-        elif isinstance(node, (TensorLeaf, OpaqueLeaf)):
+        elif isinstance(node, (TensorLeaf, ShardedLeaf, OpaqueLeaf)):
             nodes[path] = node
             if isinstance(node, OpaqueLeaf):
                 on_opaque(path, node.type_name)
@@ -169,6 +177,9 @@ def _broken(value: Any, reason: str) -> Special:
 
 
 def _tensor(tensor: torch.Tensor) -> Special:
+    source = describe(tensor)
+    if source is not None:
+        return _Problem(class_name(type(tensor)), source) if isinstance(source, str) else ShardedLeaf(source)
     parts = take_tensor_apart(tensor)
     if parts is None:
         return TensorLeaf(tensor, wrapper_of(tensor), tensor.requires_grad)
@@ -280,16 +291,16 @@ def find_targets(prefix: str, nodes: Mapping[str, Entry], target: object) -> dic
         target: the state that is restored into.
 
     Returns:
-        Tensors (on any device, also meta, quantized, sparse) and numpy arrays. A path is absent where the target has
-        nothing, or something else. Inner tensors of sparse and quantized entries have no target: ``inflate`` settles
-        them as a whole.
+        Tensors (on any device, also meta, quantized, sparse, sharded) and numpy arrays. A path is absent where the
+        target has nothing, or something else. Inner tensors of sparse and quantized entries have no target:
+        ``inflate`` settles them as a whole.
     """
     found: dict[str, Any] = {}
     ahead: list[tuple[str, Any]] = [(prefix, target)]
     while ahead:
         path, here = ahead.pop()
         entry = nodes.get(path)
-        if isinstance(entry, TensorEntry):
+        if isinstance(entry, (TensorEntry, ShardedTensorEntry)):
             if isinstance(here, torch.Tensor) or is_array(here):
                 found[path] = here
         elif isinstance(entry, ContainerEntry) and here is not None:

@@ -114,6 +114,27 @@ class HostView:
         else:
             ctypes.memmove(self._pointer() + start * self.itemsize, _address(data), nbytes)
 
+    def scatter_part(self, chunk: Box, data: memoryview, part: Box) -> None:
+        """Copy a part of C-contiguous bytes into the tensor.
+
+        Args:
+            chunk: which box the data are; it may reach out of the tensor.
+            data: exactly its bytes.
+            part: the box to be written, inside the chunk and inside the tensor.
+        """
+        inner = part.relative_to(chunk)
+        if data.nbytes != chunk.numel * self.itemsize or inner.intersect(whole(chunk.sizes)) != inner:
+            raise ValueError(
+                f"{data.nbytes} bytes of box {chunk.offsets}+{chunk.sizes} for {part.offsets}+{part.sizes}"
+            )
+        start = contiguous_offset(inner, chunk.sizes)
+        if start is not None:
+            start *= self.itemsize
+            self.scatter(part, data[start : start + part.numel * self.itemsize])
+            return
+        self._check_box(part)
+        self._copy_part_in(part, memoryview(bytearray(data)) if data.readonly else data, chunk.sizes, inner)
+
     def read(self) -> bytes:
         """All bytes, in memory order."""
         data = bytearray(self.nbytes)
@@ -124,10 +145,13 @@ class HostView:
         nbytes = box.numel * self.itemsize
         if buffer.nbytes != nbytes:
             raise ValueError(f"a buffer of {buffer.nbytes} bytes for a box of {nbytes}")
+        self._check_box(box)
+        return nbytes
+
+    def _check_box(self, box: Box) -> None:
         for offset, size, dim in zip(box.offsets, box.sizes, self._dims, strict=True):
             if offset < 0 or size < 0 or offset + size > dim:
                 raise ValueError(f"box {box.offsets}+{box.sizes} is not inside {self._dims}")
-        return nbytes
 
     def _set_layout(self, shape: tuple[int, ...], permutation: tuple[int, ...] | None) -> None:
         self.shape = shape
@@ -142,6 +166,10 @@ class HostView:
         raise NotImplementedError
 
     def _copy_in(self, box: Box, data: memoryview) -> None:
+        raise NotImplementedError
+
+    def _copy_part_in(self, box: Box, data: memoryview, sizes: tuple[int, ...], inner: Box) -> None:
+        """Write to ``box`` what stands at ``inner`` in data of these sizes."""
         raise NotImplementedError
 
 
@@ -187,17 +215,17 @@ class _TorchView(HostView):
         torch.frombuffer(into, dtype=source.dtype).view(box.sizes).copy_(source)
 
     def _copy_in(self, box: Box, data: memoryview) -> None:
+        self._copy_part_in(box, data, box.sizes, whole(box.sizes))
+
+    def _copy_part_in(self, box: Box, data: memoryview, sizes: tuple[int, ...], inner: Box) -> None:
         target = self._box(box)
         self._wait()
         if self._physical:
             target = target.view(dtypes.RAW_TYPES[self.itemsize])
-        target.copy_(torch.frombuffer(data, dtype=target.dtype).view(box.sizes))
+        target.copy_(torch.frombuffer(data, dtype=target.dtype).view(sizes)[_slices(inner)])
 
     def _box(self, box: Box) -> torch.Tensor:
-        if box.sizes == self._dims:
-            found: torch.Tensor = self._memory
-        else:
-            found = self._memory[tuple(slice(a, a + n) for a, n in zip(box.offsets, box.sizes, strict=True))]
+        found: torch.Tensor = self._memory if box.sizes == self._dims else self._memory[_slices(box)]
         return found
 
     def _wait(self) -> None:
@@ -254,12 +282,15 @@ class _ArrayView(HostView):
         numpy.frombuffer(into, self._memory.dtype).reshape(box.sizes)[...] = self._box(box)
 
     def _copy_in(self, box: Box, data: memoryview) -> None:
+        self._copy_part_in(box, data, box.sizes, whole(box.sizes))
+
+    def _copy_part_in(self, box: Box, data: memoryview, sizes: tuple[int, ...], inner: Box) -> None:
         numpy = dtypes.numpy_module()
         assert numpy is not None
-        self._box(box)[...] = numpy.frombuffer(data, self._memory.dtype).reshape(box.sizes)
+        self._box(box)[...] = numpy.frombuffer(data, self._memory.dtype).reshape(sizes)[_slices(inner)]
 
     def _box(self, box: Box) -> Any:
-        return self._memory[tuple(slice(a, a + n) for a, n in zip(box.offsets, box.sizes, strict=True))]
+        return self._memory[_slices(box)]
 
 
 def host_view(tensor: Any) -> HostView:
@@ -298,6 +329,10 @@ def memory_span(tensor: Any) -> tuple[int, int]:
     start, itemsize = int(tensor.__array_interface__["data"][0]), int(tensor.itemsize)
     steps = [stride * (size - 1) for stride, size in zip(tensor.strides, tensor.shape, strict=True)]
     return start + sum(step for step in steps if step < 0), start + sum(step for step in steps if step > 0) + itemsize
+
+
+def _slices(box: Box) -> tuple[slice, ...]:
+    return tuple(slice(start, start + size) for start, size in zip(box.offsets, box.sizes, strict=True))
 
 
 def _address(buffer: memoryview) -> int:

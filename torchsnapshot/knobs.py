@@ -15,6 +15,7 @@ TORCHSNAPSHOT_SLAB_SIZE_THRESHOLD_BYTES_OVERRIDE       64 MiB         size of a 
 TORCHSNAPSHOT_DISABLE_BATCHING                         false          every small chunk becomes a blob of its own
 TORCHSNAPSHOT_MAX_PER_RANK_IO_CONCURRENCY_OVERRIDE     16             most requests in flight
 TORCHSNAPSHOT_PER_RANK_MEMORY_BUDGET_BYTES             256 MiB        memory for buffers
+TORCHSNAPSHOT_BASE_MEMORY_BYTES                        see below      copies of bases for deltas; 0 keeps none
 TORCHSNAPSHOT_NUM_THREADS                              cores          worker threads
 TORCHSNAPSHOT_ALLOW_PICKLE                             false          restoring may run pickles
 TORCHSNAPSHOT_DURABLE                                  true           local stores wait for the disk
@@ -22,6 +23,8 @@ TORCHSNAPSHOT_STORE                                    none           the store 
 TORCHSNAPSHOT_MAX_SHARD_SIZE_BYTES_OVERRIDE            512 MiB        none: shards are cut on the grid of chunks
 TORCHSNAPSHOT_ENABLE_SHARDED_TENSOR_ELASTICITY_...     false          none: sharded tensors may move anywhere
 =====================================================  =============  ===============================================
+
+Copies of bases take at most a rank's share of an eighth of the memory that is free (``get_base_memory_bytes``).
 """
 
 from __future__ import annotations
@@ -40,6 +43,8 @@ MAX_PACK_NBYTES = 64 * MEBIBYTE
 DEFAULT_MEMORY_BUDGET_NBYTES = 256 * MEBIBYTE
 MIN_STAGING_NBYTES = 64 * MEBIBYTE
 """An asynchronous take is given this much even where memory is short: with less it could hardly move."""
+BASE_MEMORY_SHARE = 8
+"""One part in so many of the free memory may hold copies of chunks that deltas are made against."""
 DEFAULT_IO_CONCURRENCY = 16
 
 CHUNK_SIZE = "TORCHSNAPSHOT_MAX_CHUNK_SIZE_BYTES_OVERRIDE"
@@ -49,6 +54,7 @@ IO_CONCURRENCY = "TORCHSNAPSHOT_MAX_PER_RANK_IO_CONCURRENCY_OVERRIDE"
 DISABLE_BATCHING = "TORCHSNAPSHOT_DISABLE_BATCHING"
 ELASTICITY_AT_ROOT_ONLY = "TORCHSNAPSHOT_ENABLE_SHARDED_TENSOR_ELASTICITY_ROOT_ONLY"
 MEMORY_BUDGET = "TORCHSNAPSHOT_PER_RANK_MEMORY_BUDGET_BYTES"
+BASE_MEMORY = "TORCHSNAPSHOT_BASE_MEMORY_BYTES"
 NUM_THREADS = "TORCHSNAPSHOT_NUM_THREADS"
 ALLOW_PICKLE = "TORCHSNAPSHOT_ALLOW_PICKLE"
 DURABLE = "TORCHSNAPSHOT_DURABLE"
@@ -82,6 +88,16 @@ def _count(variable: str) -> int | None:
     if value < 1:
         raise ValueError(f"{variable}={text!r}: allowed is a whole number of at least 1")
     return value
+
+
+def _count_or_none_at_all(variable: str) -> int | None:
+    """The variable as an integer that may be 0, None where it is unset."""
+    if _text(variable) == "0":
+        return 0
+    try:
+        return _count(variable)
+    except ValueError as error:
+        raise ValueError(str(error).replace("at least 1", "at least 0")) from None
 
 
 def _switch(variable: str, default: bool) -> bool:
@@ -137,6 +153,26 @@ def get_staging_budget_bytes(state_nbytes: int) -> int:
     """
     share = _count(MEMORY_BUDGET) or max(free_memory_nbytes() // 4 // get_local_world_size(), MIN_STAGING_NBYTES)
     return max(1, min(state_nbytes, share))
+
+
+def get_base_memory_bytes(held_nbytes: int = 0) -> int:
+    """Bytes of memory that a process may spend on copies of chunks that deltas are made against.
+
+    It is memory beside the buffers of a take, held between takes: a copy costs the raw size of its chunk, and where
+    nothing is copied because nothing would be gained (``encoding="raw"``, stores that are faster than the codec),
+    none is taken. Without a copy a base is read from the store, which costs a take time instead.
+
+    Args:
+        held_nbytes: what the copies take already.
+
+    Returns:
+        This process's share of an eighth of the memory that would be free without copies.
+        TORCHSNAPSHOT_BASE_MEMORY_BYTES takes that share's place.
+    """
+    explicit = _count_or_none_at_all(BASE_MEMORY)
+    if explicit is not None:
+        return explicit
+    return (free_memory_nbytes() + held_nbytes) // BASE_MEMORY_SHARE // get_local_world_size()
 
 
 # ------------------------------------------------------------------ parallelism

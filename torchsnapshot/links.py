@@ -20,10 +20,11 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar, cast
+from typing import Generic, ParamSpec, Protocol, TypeVar, cast
 
 from torchsnapshot.messages import CoordinationLost
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 MAX_PART_NBYTES = 1 << 20
@@ -38,7 +39,6 @@ class KeyValueStore(Protocol):
     """What is used of a ``torch.distributed.Store``."""
 
     def set(self, key: str, value: bytes) -> None: ...  # noqa: D102
-    def get(self, key: str) -> bytes: ...  # noqa: D102
     def check(self, keys: list[str]) -> bool: ...  # noqa: D102
     def compare_set(self, key: str, expected_value: str, desired_value: str) -> bytes: ...  # noqa: D102
     def delete_key(self, key: str) -> bool: ...  # noqa: D102
@@ -64,38 +64,34 @@ class Client:
 
     def set(self, key: str, value: bytes) -> None:
         """Store a value under a key."""
-        self._request(lambda store: store.set(key, value), [key], [value])
+        self._request(self._store.set, key, value)
 
     def set_many(self, values: Mapping[str, bytes]) -> None:
         """Store many small values."""
         for keys in _batches(list(values)):
-            batch = [values[key] for key in keys]
-            self._request(lambda store, keys=keys, batch=batch: store.multi_set(keys, batch), keys, batch)  # type: ignore[misc]
+            self._request(self._store.multi_set, keys, [values[key] for key in keys])
 
     def get_many(self, keys: Sequence[str]) -> list[bytes]:
         """The values of keys that exist."""
         found: list[bytes] = []
         for batch in _batches(keys):
-            values = self._request(lambda store, batch=batch: store.multi_get(batch), batch, [])  # type: ignore[misc]
+            values = self._request(self._store.multi_get, batch)
             self._stats.received_nbytes += sum(map(len, values))
             found.extend(bytes(value) for value in values)
         return found
 
     def has_all(self, keys: Sequence[str]) -> bool:
         """Whether every one of the keys exists."""
-        return all(
-            self._request(lambda store, batch=batch: store.check(batch), batch, [])  # type: ignore[misc]
-            for batch in _batches(keys)
-        )
+        return all(self._request(self._store.check, batch) for batch in _batches(keys))
 
     def create(self, key: str, value: str) -> None:
         """Store a value unless the key exists."""
-        self._request(lambda store: store.compare_set(key, "", value), [key], [value.encode()])
+        self._request(self._store.compare_set, key, "", value)
 
     def delete(self, keys: Iterable[str]) -> None:
         """Remove keys; absent ones are no error."""
         for key in keys:
-            self._request(lambda store, key=key: store.delete_key(key), [key], [])  # type: ignore[misc]
+            self._request(self._store.delete_key, key)
 
     def get_values(self, keys: Sequence[str]) -> list[bytes]:
         """The values whose ``parts`` were stored under these keys."""
@@ -111,15 +107,20 @@ class Client:
             for part, count in zip(first, counts, strict=True)
         ]
 
-    def _request(self, function: Callable[[KeyValueStore], T], keys: Sequence[str], values: Sequence[bytes]) -> T:
+    def _request(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         self._stats.num_messages += 1
-        self._stats.sent_nbytes += sum(map(len, keys)) + sum(map(len, values))
+        self._stats.sent_nbytes += sum(_nbytes(argument) for argument in args)
         try:
-            return function(self._store)
+            return function(*args, **kwargs)
         except Exception as error:  # stores raise RuntimeErrors of many kinds
-            raise CoordinationLost(
-                f"the process group's store did not answer: {str(error).partition(chr(10))[0]}"
-            ) from error
+            reason = str(error).partition("\n")[0]
+            raise CoordinationLost(f"the process group's store did not answer: {reason}") from error
+
+
+def _nbytes(argument: object) -> int:
+    if isinstance(argument, list):
+        return sum(map(len, argument))
+    return len(argument) if isinstance(argument, str | bytes) else 0
 
 
 def parts(key: str, data: bytes) -> Iterator[tuple[str, bytes]]:

@@ -15,7 +15,7 @@ from torchsnapshot.entries import component_of, unescape
 
 
 def children_of(value: object) -> list[tuple[str, Any]] | None:
-    """The children of a container with their path components; None for a leaf (sets too: their items have no places)."""
+    """The children of a container with their path components; None for a leaf (also a set: items have no places)."""
     if isinstance(value, dict):
         keys = list(dict.keys(value))
         if not all(isinstance(key, (str, int)) for key in keys):

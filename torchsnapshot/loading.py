@@ -6,15 +6,44 @@ What doesn't live here: how the state was brought back (``restore``).
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import Any
 
 import torch
 from torch.nn.parameter import is_lazy
 
+from torchsnapshot.entries import ShardedTensorEntry
 from torchsnapshot.errors import PartialRestoreError
+from torchsnapshot.sharded import allocate_like, is_dtensor
 from torchsnapshot.stateful import Stateful
+
+
+def allocator(stateful: Stateful, path: str) -> Callable[[str, ShardedTensorEntry], Any]:
+    """What makes the target of a sharded tensor that the object does not have yet.
+
+    An optimizer that has not stepped has no state; what belongs to a parameter is spread like the parameter. For any
+    other object nothing can be made: the function returns None.
+
+    Args:
+        stateful: the object that is restored.
+        path: of its key.
+    """
+    parameters: list[Any] = []
+    if isinstance(stateful, torch.optim.Optimizer):
+        parameters = [parameter for group in stateful.param_groups for parameter in group["params"]]
+
+    def allocate(where: str, entry: ShardedTensorEntry) -> Any:
+        kind, _, rest = where[len(path) + 1 :].partition("/")
+        number = rest.partition("/")[0]
+        if kind != "state" or not number.isdecimal() or int(number) >= len(parameters):
+            return None
+        parameter = parameters[int(number)]
+        if not is_dtensor(parameter) or tuple(parameter.shape) != entry.shape:
+            return None
+        return allocate_like(parameter, entry.dtype)
+
+    return allocate
 
 
 def load(key: str, stateful: Stateful, state: Any, strict: bool) -> None:

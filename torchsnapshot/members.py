@@ -7,7 +7,7 @@ The keys, of which a session's own all carry a random name that rank 0 draws, so
 process group or process left behind can be taken for this one's:
 
 =================================  ==================================================================================
-ts/GROUP/door/RANK                 a random number by which a rank asks to be let in; stays, overwritten by the next
+ts/GROUP/door/RANK                 a random number by which a rank asks to be let in, else a dash; these stay
 ts/GROUP/welcome/NUMBER            rank 0's answer: the session's name. A number of an earlier attempt is answered to
                                    nobody, and does no harm
 ts/SESSION/s/RANK                  the rank's status, rewritten with every beat
@@ -28,7 +28,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 
 from torchsnapshot.links import Client, KeyValueStore, Link, part_keys, parts
 from torchsnapshot.messages import (
@@ -42,7 +42,11 @@ from torchsnapshot.messages import (
 )
 from torchsnapshot.sessions import Decide, Limits, Pace, Session, is_own_error
 
+P = ParamSpec("P")
 T = TypeVar("T")
+
+CLOSED_DOOR = b"-"
+"""What a door holds while its rank does not ask to be let in: many keys can only be read at once if all exist."""
 
 MAX_KEPT_BEATS = 2
 """Of a longer time in which this process itself did not look, only so many beats count as silence of the others."""
@@ -138,18 +142,22 @@ class StoreSession(Session):
             return error
         return rank_error({self.rank: traceback_text(error)}, self.global_ranks, error)
 
-    def _call(self, function: Callable[[Client], T]) -> T:
-        return self._link.call(function, self._limits.silence)
+    def _call(self, function: Callable[Concatenate[Client, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a function in the link's thread."""
+        return self._link.call(lambda client: function(client, *args, **kwargs), self._limits.silence)
 
     def _put(self, key: str, data: bytes) -> None:
         """Store a value of any size, with beats in between."""
         for name, part in parts(key, data):
-            self._call(lambda client, name=name, part=part: client.set(name, part))  # type: ignore[misc]
+            self._call(Client.set, name, part)
 
     def _set_status(self, client: Client, status: Status) -> None:
         """Runs in the link's thread, like all that changes the status."""
         self._status = replace(status, beat=self._status.beat + 1)
         client.set(self._status_key(self.rank), self._status.pack())
+
+    def _set_stage(self, client: Client, stage: Stage) -> None:
+        self._set_status(client, replace(self._status, stage=stage))
 
     def _status_key(self, rank: int) -> str:
         return f"{self._base}/s/{rank}"
@@ -168,6 +176,9 @@ class StoreSession(Session):
 class MemberSession(StoreSession):
     """The part of every rank but 0. Making one waits until rank 0 has entered its session of the same group.
 
+    In one process, a group's sessions are entered one after the other; once the first round is over, the next one may
+    be entered while this one goes on.
+
     Raises:
         RankError: rank 0 did not come.
     """
@@ -183,6 +194,7 @@ class MemberSession(StoreSession):
         super().__init__(rank, global_ranks, connect, group_name, limits)
         self._coordinator = Peer(looked=time.monotonic())
         self._reported = False
+        self._payload_keys: list[str] = []
         try:
             self._enter()
         except CoordinationLost as lost:
@@ -193,9 +205,9 @@ class MemberSession(StoreSession):
 
     def _enter(self) -> None:
         nonce = os.urandom(12).hex()
-        self._call(lambda client: client.set(self._door_key(self.rank), nonce.encode()))
+        self._call(Client.set, self._door_key(self.rank), nonce.encode())
         pace, start = Pace(self.world_size), time.monotonic()
-        while (name := self._call(lambda client: self._read_welcome(client, nonce))) is None:
+        while (name := self._call(self._read_welcome, nonce)) is None:
             if time.monotonic() - start > self._limits.entering:
                 raise CoordinationLost(f"has not entered within {self._limits.entering:g} s")
             pace.pause()
@@ -208,6 +220,7 @@ class MemberSession(StoreSession):
             return None
         (name,) = client.get_many([key])
         client.delete([key])
+        client.set(self._door_key(self.rank), CLOSED_DOOR)
         return name.decode()
 
     def _beat(self, client: Client) -> None:
@@ -225,20 +238,21 @@ class MemberSession(StoreSession):
         if status.stage is Stage.FAILED:
             (verdict,) = client.get_values([f"{self._base}/f"])
             failures = unpack_failures(verdict)
-            self._set_status(client, replace(self._status, stage=Stage.LEFT))
+            self._set_stage(client, Stage.LEFT)
             self._failures = failures
 
     def _round(self, name: str, value: bytes, decide: Decide) -> bytes:
         number = self._status.round + 1
         key = f"{self._base}/p/{number}/{self.rank}"
+        self._payload_keys = part_keys(key, len(value))
         self._put(key, value)
         self._reported = True  # from here on, whether rank 0 has heard it or not
-        self._call(lambda client: self._set_status(client, replace(self._status, round=number, name=name)))
+        self._call(self._set_status, replace(self._status, round=number, name=name))
         status = self._wait_answer(number)
         answer_key = f"{self._base}/v/{number}" + (f"/{self.rank}" if status.individual else "")
-        (answer,) = self._call(lambda client: client.get_values([answer_key]))
-        self._call(lambda client: client.delete(part_keys(key, len(value))))
+        (answer,) = self._call(Client.get_values, [answer_key])
         self._reported = False
+        self._remove_payload()
         return answer
 
     def _wait_answer(self, number: int) -> Status:
@@ -249,9 +263,16 @@ class MemberSession(StoreSession):
             status = self._coordinator.status
             if status is not None and status.round >= number:
                 return status
+            if status is not None and status.stage is Stage.LEFT:
+                raise self._give_up("it left before this round")
             if self._coordinator.silent > self._limits.silence:
-                raise CoordinationLost(f"no sign of life for {self._coordinator.silent:.0f} s")
+                raise self._give_up(f"no sign of life for {self._coordinator.silent:.0f} s")
             pace.pause()
+
+    def _give_up(self, reason: str) -> CoordinationLost:
+        """Tell rank 0, should it wake up again, that this rank waits no longer."""
+        self._tell(f"gave up on rank 0: {reason}")
+        return CoordinationLost(reason)
 
     def finish(self, value: bytes, decide: Decide, name: str = "finish") -> bytes:
         """The last round."""
@@ -271,12 +292,15 @@ class MemberSession(StoreSession):
         raised = self._own_error(error)
         if not self._over:
             try:
-                self._put(f"{self._base}/e/{self.rank}", pack(traceback_text(error)))
-                self._call(lambda client: self._set_status(client, replace(self._status, stage=Stage.FAILED)))
+                self._tell(traceback_text(error))
             except CoordinationLost:
                 pass  # then the others have lost rank 0 or the store as well
             self._close()
         return raised
+
+    def _tell(self, failure: str) -> None:
+        self._put(f"{self._base}/e/{self.rank}", pack(failure))
+        self._call(self._set_stage, Stage.FAILED)
 
     def leave(self) -> None:
         """End the session without a last round."""
@@ -284,11 +308,21 @@ class MemberSession(StoreSession):
             self._depart()
 
     def _end_failed(self) -> None:
-        self._close()  # the link has told rank 0 that this rank knows
+        # the link has told rank 0 that this rank knows, and rank 0 reads nothing more of this session's
+        if not self._over:
+            try:
+                self._remove_payload()
+            except CoordinationLost:
+                pass  # a few keys stay
+        self._close()
+
+    def _remove_payload(self) -> None:
+        keys, self._payload_keys = self._payload_keys, []
+        self._call(Client.delete, keys)
 
     def _depart(self) -> None:
         try:
-            self._call(lambda client: self._set_status(client, replace(self._status, stage=Stage.LEFT)))
+            self._call(self._set_stage, Stage.LEFT)
         except CoordinationLost:
             pass  # rank 0 has gone already, without waiting for this acknowledgement
         self._close()

@@ -22,6 +22,7 @@ MAX_CONTROL_NBYTES = 16 << 20
 """The most that the control part of one value may take; arrays have no limit."""
 
 MAX_TRACEBACK_CHARACTERS = 16_000
+MAX_LINE_CHARACTERS = 500
 MAX_TRACEBACKS = 8
 """When many ranks fail at once, one cause is likely: the others keep the last line of theirs."""
 
@@ -204,4 +205,4 @@ def _rank_name(rank: int, global_ranks: Sequence[int]) -> str:
 
 
 def _last_line(text: str) -> str:
-    return text.rstrip().rpartition("\n")[2]
+    return text.rstrip().rpartition("\n")[2][:MAX_LINE_CHARACTERS]

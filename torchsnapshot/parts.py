@@ -6,18 +6,29 @@ parts found together. What doesn't: the order of a restore (``restore``), the re
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 
 from torchsnapshot import values
-from torchsnapshot.entries import Entry, OpaqueEntry, StoredManifest, TensorEntry, ValueEntry
+from torchsnapshot.entries import (
+    Entry,
+    OpaqueEntry,
+    ShardedTensorEntry,
+    StoredManifest,
+    TensorEntry,
+    ValueEntry,
+    spans_of,
+)
 from torchsnapshot.errors import MismatchError
 from torchsnapshot.flatten import find_targets, inflate, resolver
 from torchsnapshot.kinds import Resolve
 from torchsnapshot.reading import Reading, load_opaque
 from torchsnapshot.targets import Target, TargetFinder
+
+
+AllocateSharded = Callable[[str, ShardedTensorEntry], Any]
 
 
 class Part:
@@ -28,15 +39,25 @@ class Part:
         prefix: the path of the part's root.
         current: what the application has at that place, or None.
         resolve: gives classes by stored name; those that stand in ``current`` where None.
+        allocate: makes the target of a sharded tensor that has none, or returns None where it cannot. Without it the
+            whole tensor is read.
     """
 
-    def __init__(self, entries: Mapping[str, Entry], prefix: str, current: Any, resolve: Resolve | None = None) -> None:
+    def __init__(
+        self,
+        entries: Mapping[str, Entry],
+        prefix: str,
+        current: Any,
+        resolve: Resolve | None = None,
+        allocate: AllocateSharded | None = None,
+    ) -> None:
         self._entries = entries
         self._prefix = prefix
         self._current = current
         self._targets: dict[str, Target] = {}
         self._data: dict[str, bytes | bytearray] = {}
         self._resolve = resolve or resolver(current)
+        self._allocate = allocate
 
     def opaque(self) -> list[tuple[str, str]]:
         """The values that only pickle can rebuild: (path, type name)."""
@@ -46,17 +67,30 @@ class Part:
         """Find a target for every tensor, and want every byte."""
         current = find_targets(self._prefix, self._entries, self._current)
         for path, entry in self._entries.items():
-            if isinstance(entry, TensorEntry):
-                target = finder.find(path, entry, current.get(path))
+            if isinstance(entry, (TensorEntry, ShardedTensorEntry)):
+                target = self._find(path, entry, current.get(path), finder)
                 if target is not None:
                     self._targets[path] = target
                     work.add_tensor(path, entry, target)
             elif isinstance(entry, (ValueEntry, OpaqueEntry)):
                 self._data[path] = work.add_bytes(path, entry)
 
+    def _find(
+        self, path: str, entry: TensorEntry | ShardedTensorEntry, current: Any, finder: TargetFinder
+    ) -> Target | None:
+        if current is None and isinstance(entry, ShardedTensorEntry) and self._allocate is not None:
+            current = self._allocate(path, entry)
+            if current is None:
+                finder.mismatches.append(
+                    f"{path}: it is spread over ranks {list(entry.sharding.mesh_ranks)}, and the target has no tensor "
+                    "here that says how it is to be spread now"
+                )
+                return None
+        return finder.find(path, entry, current)
+
     def leaf(self, path: str, entry: Entry) -> Any:
         """The restored tensor, value or object at a path."""
-        if isinstance(entry, TensorEntry):
+        if isinstance(entry, (TensorEntry, ShardedTensorEntry)):
             return self._targets[path].value
         if isinstance(entry, OpaqueEntry):
             return load_opaque(path, entry.type_name, self._data[path])
@@ -69,8 +103,8 @@ class Part:
 
 def entries_below(manifest: StoredManifest, path: str, rank: int = 0) -> dict[str, Entry]:
     """The entries at and below a path, by path without rank."""
-    start = len(f"{rank}/")
-    return {stored[start:]: entry for stored, entry in manifest.walk(f"{rank}/{path}")}
+    below = f"{path}/"
+    return {each: entry for each, entry in manifest.entries_of(rank).items() if each == path or each.startswith(below)}
 
 
 def gather(
@@ -88,8 +122,9 @@ def gather(
         MismatchError: tensors of another shape, or of a dtype that does not convert; all of them at once.
     """
 
-    def content(entry: TensorEntry) -> object:
-        return entry.inline, tuple(digest for shard in entry.shards for digest in manifest.digests(shard.span))
+    def content(entry: TensorEntry | ShardedTensorEntry) -> object:
+        inline = entry.inline if isinstance(entry, TensorEntry) else None
+        return inline, tuple(digest for span in spans_of(entry) for digest in manifest.digests(span))
 
     finder = TargetFinder(torch.device("cpu" if device is None else device), content)
     for part in parts:

@@ -75,11 +75,6 @@ class Sharding:
             return len(self.mesh_ranks)
         return prod(self.mesh_shape[dim] for dim in _sharded_mesh_dims(self.placements))
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether every position holds all of the tensor."""
-        return self.placements is not None and not _sharded_mesh_dims(self.placements)
-
     def check(self, shape: Sequence[int]) -> None:
         """Refuse what describes no sharding of a tensor of that shape.
 
@@ -89,19 +84,16 @@ class Sharding:
         _check_mesh(self.mesh_shape, self.mesh_ranks)
         if (self.placements is None) == (self.boxes is None):
             raise ValueError("a sharding has either placements or boxes")
+        if self.boxes is not None and self.order is not None:
+            raise ValueError("boxes have no order of mesh dimensions")
         if self.boxes is not None:
-            if self.order is not None:
-                raise ValueError("boxes have no order of mesh dimensions")
             _check_boxes(self.boxes, len(self.mesh_ranks), tuple(shape) or (1,))
         if self.placements is not None:
             _check_placements(self.placements, self.order, self.mesh_shape, len(shape))
 
     def position_of(self, rank: int) -> int | None:
         """Where in the mesh a global rank is; None if it isn't there."""
-        try:
-            return self.mesh_ranks.index(rank)
-        except ValueError:
-            return None
+        return self.mesh_ranks.index(rank) if rank in self.mesh_ranks else None
 
     def region_of(self, position: int) -> int:
         """The region that a position holds."""
@@ -235,7 +227,13 @@ def _cell(
     kept: tuple[int, ...] | None,
 ) -> tuple[int, ...]:
     nbytes = grid.choose_chunk_nbytes(prod(shape) * itemsize, chunk_nbytes, sharded=len(regions) > 1)
-    return grid.cell_for(shape, [box for boxes in regions for box in boxes], itemsize, nbytes, kept)
+    boxes = [box for boxes in regions for box in boxes]
+    cell = grid.cell_for(shape, boxes, itemsize, nbytes, kept)
+    if all(grid.cell_fits(box, cell, itemsize, nbytes) for box in boxes):
+        return cell
+    # boxes that were written down may be wider than the one with the most elements
+    cells = [grid.choose_cell(shape, sizes, itemsize, nbytes) for sizes in {box.sizes for box in boxes}]
+    return tuple(map(min, zip(*cells, strict=True)))
 
 
 # ------------------------------------------------------------------ rules

@@ -24,7 +24,7 @@ from torchsnapshot.entries import (
     TensorEntry,
     ValueEntry,
 )
-from torchsnapshot.flatten import Node, OpaqueLeaf, TensorLeaf, ValueLeaf
+from torchsnapshot.flatten import Node, OpaqueLeaf, ShardedLeaf, TensorLeaf, ValueLeaf
 from torchsnapshot.grid import Box, Piece
 from torchsnapshot.host_views import HostView, host_view
 from torchsnapshot.store.envelope import ChunkRef, ChunkTable, ChunkTableBuilder
@@ -71,6 +71,7 @@ class Chunk:
 
     ``previous`` is the digest that the last take stored at this place; ``changed_last_time`` says that the last take
     found other bytes than the one before, so that comparing before copying is not worth a pass over the memory.
+    ``digest`` is what ranks that take together have told one another, empty before that.
     """
 
     path: str
@@ -80,6 +81,7 @@ class Chunk:
     previous: bytes | None
     changed_last_time: bool = False
     ref: ChunkRef | None = None
+    digest: bytes = b""
 
     @property
     def nbytes(self) -> int:
@@ -161,6 +163,8 @@ def plan_take(nodes: Mapping[str, Node], previous: Previous, chunk_nbytes: int, 
     for path, node in nodes.items():
         if isinstance(node, TensorLeaf):
             leaves.append(_plan_tensor(path, node, previous, chunk_nbytes))
+        elif isinstance(node, ShardedLeaf):
+            leaves.append(_plan_sharded(path, node, previous, chunk_nbytes))
         elif isinstance(node, (ValueLeaf, OpaqueLeaf)):
             leaves.append(_plan_bytes(path, node, previous, chunk_nbytes))
         else:
@@ -190,6 +194,15 @@ def _plan_tensor(path: str, node: TensorLeaf, previous: Previous, chunk_nbytes: 
     return Leaf(path, node, view, cell, _cut(path, view, box, cell, view.itemsize, place))
 
 
+def _plan_sharded(path: str, node: ShardedLeaf, previous: Previous, chunk_nbytes: int) -> Leaf:
+    """This rank's part of a sharded tensor."""
+    source = node.source
+    place = previous.at(path)
+    kept = place.cell if place is not None and (place.dtype, place.shape) == (source.dtype, source.shape) else None
+    cell = source.cell(chunk_nbytes, kept)
+    return Leaf(path, node, None, cell, _chunks(path, source.pieces(cell), source.itemsize, place))
+
+
 def _plan_bytes(path: str, node: ValueLeaf | OpaqueLeaf, previous: Previous, chunk_nbytes: int) -> Leaf:
     if len(node.data) <= INLINE_VALUE_NBYTES:
         return Leaf(path, node, inline=node.data)
@@ -198,15 +211,16 @@ def _plan_bytes(path: str, node: ValueLeaf | OpaqueLeaf, previous: Previous, chu
     return Leaf(path, node, None, cell, _cut(path, BytesSource(node.data), box, cell, 1, previous.at(path)))
 
 
-def _cut(
-    path: str, source: Source, box: Box, cell: tuple[int, ...], width: int, place: Place | None
-) -> list[Chunk]:
-    pieces = grid.cut(box, cell, width)
+def _cut(path: str, source: Source, box: Box, cell: tuple[int, ...], width: int, place: Place | None) -> list[Chunk]:
+    return _chunks(path, [(source, piece) for piece in grid.cut(box, cell, width)], width, place)
+
+
+def _chunks(path: str, pieces: Sequence[tuple[Source, Piece]], width: int, place: Place | None) -> list[Chunk]:
     if place is None or len(place.digests) != len(pieces):
-        return [Chunk(path, source, piece, width, None) for piece in pieces]
+        return [Chunk(path, source, piece, width, None) for source, piece in pieces]
     return [
         Chunk(path, source, piece, width, digest, index in place.changed)
-        for index, (piece, digest) in enumerate(zip(pieces, place.digests, strict=True))
+        for index, ((source, piece), digest) in enumerate(zip(pieces, place.digests, strict=True))
     ]
 
 
@@ -237,17 +251,27 @@ def build_entries(plan: TakePlan, rank: int) -> tuple[dict[str, Entry], ChunkTab
     table = ChunkTableBuilder()
     entries: dict[str, Entry] = {}
     for leaf in plan.leaves:
-        span = None
-        if leaf.inline is None and not isinstance(leaf.node, ContainerEntry):
-            refs = [chunk.ref for chunk in leaf.chunks if chunk.ref is not None]
-            if len(refs) != len(leaf.chunks):
-                raise AssertionError(f"a chunk of {leaf.path} was never stored")
-            span = Span(0, table.add(refs), len(refs))
-        entries[f"{rank}/{leaf.path}"] = _entry(leaf, span)
+        entries[f"{rank}/{leaf.path}"] = entry_of(leaf, add_rows(leaf, table))
     return entries, table.build()
 
 
-def _entry(leaf: Leaf, span: Span | None) -> Entry:
+def add_rows(leaf: Leaf, table: ChunkTableBuilder) -> Span | None:
+    """Add the chunks of a finished leaf to a table; None where it has none, being a container or inline."""
+    if leaf.inline is not None or isinstance(leaf.node, ContainerEntry):
+        return None
+    refs = [chunk.ref for chunk in leaf.chunks if chunk.ref is not None]
+    if len(refs) != len(leaf.chunks):
+        raise AssertionError(f"a chunk of {leaf.path} was never stored")
+    return Span(0, table.add(refs), len(refs))
+
+
+def entry_of(leaf: Leaf, span: Span | None) -> Entry:
+    """What the manifest says of one leaf.
+
+    Args:
+        leaf: of a finished plan; a sharded one has a single region here.
+        span: where its chunks are.
+    """
     node = leaf.node
     if isinstance(node, ValueLeaf):
         return ValueEntry(leaf.inline, span, len(node.data))
@@ -268,4 +292,8 @@ def _entry(leaf: Leaf, span: Span | None) -> Entry:
             requires_grad=node.requires_grad,
             nbytes=view.nbytes,
         )
+    if isinstance(node, ShardedLeaf):
+        if node.source.sharding.num_regions != 1:
+            raise AssertionError(f"{leaf.path}: only the ranks of its mesh together know where its regions are")
+        return node.source.entry(leaf.cell, [span if leaf.chunks else None])
     return node

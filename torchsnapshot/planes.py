@@ -1,4 +1,4 @@
-"""Elements ↔ lanes: the byte planes of a chunk's elements, rotation and XOR, tile by tile in memory that is reused.
+"""Elements ↔ lanes: byte planes of a chunk's elements, rotation, XOR, difference; tile by tile in reused memory.
 
 What lives here: arithmetic on arrays of integers, with torch as the library for them. What doesn't: any format or
 entropy coder (``codecs``).
@@ -79,9 +79,16 @@ def plain_extents(starts: Sequence[int]) -> list[Extent]:
 
 
 def sample(
-    raw: memoryview, base: memoryview | None, width: int, num_runs: int, run_length: int, tiles: Tiles
+    raw: memoryview,
+    base: memoryview | None,
+    width: int,
+    num_runs: int,
+    run_length: int,
+    tiles: Tiles,
+    *,
+    difference: bool = False,
 ) -> torch.Tensor:
-    """Elements from evenly spread runs, XORed with the base's; they lie in area 0 of ``tiles``."""
+    """Elements from evenly spread runs, XORed with the base's or their difference to it, in area 0 of ``tiles``."""
     source = elements(raw, width)
     against = None if base is None else elements(base, width)
     total = source.numel()
@@ -92,6 +99,8 @@ def sample(
         piece = source[start : start + target.numel()]
         if against is None:
             target.copy_(piece)
+        elif difference:
+            _zigzag(piece, against[start : start + target.numel()], target, tiles.arrays(width)[2][: target.numel()])
         else:
             torch.bitwise_xor(piece, against[start : start + target.numel()], out=target)
     return chosen
@@ -118,12 +127,14 @@ def split(
     rotate: bool,
     lanes: Sequence[tuple[Extent, memoryview]],
     tiles: Tiles,
+    *,
+    difference: bool = False,
 ) -> None:
     """Distribute the elements' bytes over lanes.
 
     Args:
         raw: the elements.
-        base: what to XOR them with first.
+        base: what to XOR them with first, or, with ``difference``, to subtract.
         width: bytes of an element.
         rotate: rotate left by one bit then.
         lanes: extents, each with the memory that its bytes go to, aligned to its size.
@@ -139,7 +150,9 @@ def split(
         size = piece.numel()
         if size < TILE:
             first_area, second_area, spare = first_area[:size], second_area[:size], spare[:size]
-        if against is not None:
+        if against is not None and difference:
+            piece = _zigzag(piece, against[first : first + TILE], first_area, spare)
+        elif against is not None:
             piece = torch.bitwise_xor(piece, against[first : first + TILE], out=first_area)
         if rotate:
             piece = _rotate_left(piece, second_area, spare)
@@ -155,6 +168,8 @@ def merge(
     rotate: bool,
     out: memoryview,
     tiles: Tiles,
+    *,
+    difference: bool = False,
 ) -> None:
     """Put elements together from their lanes: the inverse of ``split``. ``base`` may be ``out``."""
     work, other, _ = tiles.arrays(width)
@@ -180,8 +195,24 @@ def merge(
             torch.bitwise_or(work, other, out=work)
         if against is None:
             piece.copy_(work)
+        elif difference:
+            torch.bitwise_and(work, _SHIFTS[width][1], out=other)
+            torch.bitwise_right_shift(work, _SHIFTS[width][1], out=work)
+            # the shift was arithmetic, so what it put at the top goes; inverting all bits is XOR with -1
+            torch.bitwise_and(work, _BELOW_SIGN[width], out=work)
+            torch.bitwise_xor(work, torch.neg(other, out=other), out=work)
+            torch.add(work, against[first : first + TILE], out=piece)
         else:
             torch.bitwise_xor(work, against[first : first + TILE], out=piece)
+
+
+def _zigzag(piece: torch.Tensor, against: torch.Tensor, out: torch.Tensor, spare: torch.Tensor) -> torch.Tensor:
+    """The difference as a number whose size is the difference's: its sign goes to the bottom. In ``out``."""
+    width = piece.element_size()
+    torch.sub(piece, against, out=out)
+    torch.bitwise_right_shift(out, _SHIFTS[width][8 * width - 1], out=spare)
+    torch.add(out, out, out=out)
+    return torch.bitwise_xor(out, spare, out=out)
 
 
 def _rotate_left(piece: torch.Tensor, out: torch.Tensor, spare: torch.Tensor) -> torch.Tensor:

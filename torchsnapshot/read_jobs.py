@@ -37,37 +37,53 @@ class Memory(Protocol):
     def scatter(self, box: Box, data: memoryview) -> None:
         """Write the region ``box``."""
 
+    def scatter_part(self, chunk: Box, data: memoryview, part: Box) -> None:
+        """Write the region ``part`` of the chunk that the data are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What a sink wants of a chunk: all of it, or a part.
+
+    ``offset`` is where the whole chunk lies in the sink's memory, in bytes; None where it doesn't lie there in one range.
+    """
+
+    chunk: Box
+    part: Box
+    offset: int | None
+
+    @classmethod
+    def whole(cls, piece: Piece) -> Share:
+        """All of a chunk that is a piece of the sink."""
+        return cls(piece.box, piece.box, piece.offset)
+
 
 @dataclass(slots=True, eq=False)
 class Sink:
-    """Where the chunks of one leaf go.
-
-    ``looks``: comparing before reading may pay. It ends with the first chunks that differ, as what one step changed it
-    mostly changed everywhere.
-    """
+    """Where the chunks of one leaf go. ``looks``: its memory may hold them already; hashing is cheaper than reading."""
 
     path: str
     memory: Memory
     looks: bool = False
     written: bool = False
-    _balance: int = 0
 
-    def holds(self, piece: Piece, digest: bytes) -> bool:
+    def holds(self, share: Share, ref: ChunkRef) -> bool:
         """Whether the memory holds this content already."""
-        if not self.looks or self._balance < 0:
+        if not self.looks or share.offset is None:
             return False
-        live = self.memory.live(piece.offset, piece.nbytes)
-        is_same = live is not None and digest_of(live) == digest
-        self._balance += 1 if is_same else -1
-        return is_same
+        live = self.memory.live(share.offset, ref.nbytes)
+        return live is not None and digest_of(live) == ref.digest
 
-    def scatter(self, piece: Piece, data: memoryview) -> None:
-        """Write one chunk."""
+    def scatter(self, share: Share, data: memoryview) -> None:
+        """Write one chunk, or the part of it that is wanted."""
         self.written = True
-        self.memory.scatter(piece.box, data)
+        if share.part == share.chunk:
+            self.memory.scatter(share.chunk, data)
+        else:
+            self.memory.scatter_part(share.chunk, data, share.part)
 
 
-Wanted = list[tuple[Sink, Piece]]
+Wanted = list[tuple[Sink, Share]]
 """Everywhere that one content goes."""
 
 
@@ -92,7 +108,7 @@ class Counters:
 
 
 def _still_wanted(ref: ChunkRef, wanted: Wanted) -> Wanted:
-    return [(sink, piece) for sink, piece in wanted if not sink.holds(piece, ref.digest)]
+    return [(sink, share) for sink, share in wanted if not sink.holds(share, ref)]
 
 
 class ChunkReadJob:
@@ -115,8 +131,8 @@ class ChunkReadJob:
         raw = buffer.memory(self.nbytes)
         with naming(wanted):
             self._reader.read_into(self._ref, raw)
-        for sink, piece in wanted:
-            sink.scatter(piece, raw)
+        for sink, share in wanted:
+            sink.scatter(share, raw)
         self._counters.read(self._ref)
         return False
 
@@ -157,8 +173,8 @@ class PackReadJob:
             raw = memory[self._range_nbytes : self._range_nbytes + ref.nbytes]
             with naming(wanted):
                 self._reader.decode_into(ref, stored[ref.offset - start : ref.offset - start + ref.stored_nbytes], raw)
-            for sink, piece in wanted:
-                sink.scatter(piece, raw)
+            for sink, share in wanted:
+                sink.scatter(share, raw)
             self._counters.read(ref)
         return False
 

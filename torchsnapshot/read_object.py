@@ -10,7 +10,7 @@ from typing import Any
 from torchsnapshot.entries import ContainerEntry, StoredManifest, ValueEntry
 from torchsnapshot.errors import PickleRefusedError, SnapshotError
 from torchsnapshot.live_state import find
-from torchsnapshot.opening import Opened
+from torchsnapshot.opening import Opened, other_generations_named
 from torchsnapshot.parts import Part, entries_below, gather
 from torchsnapshot.reading import Reading
 from torchsnapshot.restore import check_key, refusal, still_committed
@@ -20,7 +20,7 @@ from torchsnapshot.store.leases import reading
 
 def read_object(opened: Opened, path: str, target: Any, budget_nbytes: int | None, allow_pickle: bool) -> Any:
     """Read one value. See ``Snapshot.read_object``."""
-    with reading(opened.repository, opened.name):
+    with reading(opened.repository, opened.name), other_generations_named(opened):
         manifest = still_committed(opened)
         stored, inside = _locate(manifest, path)
         value = _read(
@@ -36,7 +36,7 @@ def read_object(opened: Opened, path: str, target: Any, budget_nbytes: int | Non
 
 def read_state_dict(opened: Opened, key: str, allow_pickle: bool) -> Any:
     """Read the whole state of one key. See ``Snapshot.get_state_dict_for_key``."""
-    with reading(opened.repository, opened.name):
+    with reading(opened.repository, opened.name), other_generations_named(opened):
         manifest = still_committed(opened)
         return _read(opened, manifest, check_key(manifest, key), None, None, allow_pickle)
 

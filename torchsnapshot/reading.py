@@ -14,10 +14,12 @@ from typing import Any
 from torchsnapshot import grid, knobs
 from torchsnapshot.chunk_reader import ChunkReader
 from torchsnapshot.engine import Mode, submit
-from torchsnapshot.entries import OpaqueEntry, Span, StoredManifest, TensorEntry, ValueEntry
-from torchsnapshot.errors import FormatError, PartialRestoreError, SnapshotError
+from torchsnapshot.dtypes import itemsize_of
+from torchsnapshot.entries import OpaqueEntry, ShardedTensorEntry, Span, StoredManifest, TensorEntry, ValueEntry
+from torchsnapshot.errors import CorruptionError, FormatError, PartialRestoreError, SnapshotError
 from torchsnapshot.grid import Box
-from torchsnapshot.read_jobs import Counters, Sink, Wanted, read_jobs
+from torchsnapshot.read_jobs import Counters, Share, Sink, Wanted, read_jobs
+from torchsnapshot.resharding import overlaps
 from torchsnapshot.stats import Stats
 from torchsnapshot.store.envelope import ChunkRef
 from torchsnapshot.store.repository import Repository
@@ -39,6 +41,11 @@ class BytesMemory:
         (start,), (nbytes,) = box.offsets, box.sizes
         self.data[start : start + nbytes] = data
 
+    def scatter_part(self, chunk: Box, data: memoryview, part: Box) -> None:
+        """Write the region ``part`` of the chunk that the data are."""
+        start = part.offsets[0] - chunk.offsets[0]
+        self.scatter(part, data[start : start + part.sizes[0]])
+
 
 class Reading:
     """One restore's reads: ``add_...`` everything, then ``run`` once."""
@@ -48,11 +55,11 @@ class Reading:
         self._manifest = manifest
         self.stats = stats
         self._wanted: dict[tuple[bytes, int], tuple[ChunkRef, Wanted]] = {}
-        self._leaves: list[tuple[Sink, Target]] = []
-        self._inline: list[tuple[Sink, Box, bytes]] = []
+        self._leaves: list[tuple[Target, list[Sink]]] = []
+        self._inline: list[tuple[Sink, Share, bytes]] = []
 
-    def add_tensor(self, path: str, entry: TensorEntry, target: Target) -> None:
-        """Want a tensor.
+    def add_tensor(self, path: str, entry: TensorEntry | ShardedTensorEntry, target: Target) -> None:
+        """Want a tensor, or those regions of it that the target has.
 
         Args:
             path: where it is, for messages.
@@ -60,22 +67,41 @@ class Reading:
             target: what its boxes are scattered into, in the entry's memory order.
 
         Raises:
-            FormatError: the entry does not fit its chunks or its dtype.
+            FormatError: the entry does not fit its chunks or its dtype, or it lacks a region.
         """
-        # memory of the application may hold the bytes already
-        sink = Sink(path, target.view, looks=target.is_written_in_place)
-        itemsize = target.view.itemsize
-        self._leaves.append((sink, target))
-        whole = grid.whole(entry.memory_shape)
+        itemsize = itemsize_of(entry.dtype)
+        memory_shape = entry.memory_shape if isinstance(entry, TensorEntry) else entry.shape
+        whole = grid.whole(memory_shape)
         if entry.nbytes != whole.numel * itemsize:
             raise FormatError(
                 f"{self._manifest.where}: {path}: {entry.nbytes} bytes for {list(entry.shape)} of {entry.dtype}"
             )
-        if entry.inline is not None:
-            self._inline.append((sink, whole, entry.inline))
-        for shard in entry.shards:
-            pieces = [piece for box in shard.boxes for piece in grid.cut(box, entry.cell, itemsize)]
-            self._want(sink, shard.span, pieces)
+        # memory of the application may hold the bytes already
+        sinks = [Sink(path, view, looks=target.is_written_in_place) for view in target.views]
+        self._leaves.append((target, sinks))
+        if isinstance(entry, TensorEntry) and entry.inline is not None:
+            for sink, view in zip(sinks, target.views, strict=True):
+                self._inline.append((sink, Share(whole, view.box, None), entry.inline))
+        elif isinstance(entry, TensorEntry) and [view.box for view in target.views] == [whole]:
+            for shard in entry.shards:
+                pieces = [piece for box in shard.boxes for piece in grid.cut(box, entry.cell, itemsize)]
+                self._want(sinks[0], shard.span, pieces)
+        else:
+            self._want_regions(path, entry, target, sinks, itemsize)
+
+    def _want_regions(
+        self, path: str, entry: TensorEntry | ShardedTensorEntry, target: Target, sinks: list[Sink], itemsize: int
+    ) -> None:
+        where = f"{self._manifest.where}: {path}"
+        for overlap in overlaps(entry, [view.box for view in target.views], where):
+            ref = self._manifest.table(overlap.table).ref(overlap.row)
+            if ref.nbytes != overlap.chunk.numel * itemsize:
+                raise FormatError(f"{where}: its chunks are not those of its grid")
+            offset = None if overlap.offset is None else overlap.offset * itemsize
+            share = Share(overlap.chunk, overlap.part, offset)
+            self._wanted.setdefault((ref.digest, ref.nbytes), (ref, []))[1].append((sinks[overlap.wanted], share))
+            self.stats.num_chunks += 1
+            self.stats.state_nbytes += overlap.part.numel * itemsize
 
     def add_bytes(self, path: str, entry: ValueEntry | OpaqueEntry) -> bytes | bytearray:
         """Want the bytes of a value or pickle; what is returned is filled once ``run`` has returned."""
@@ -99,7 +125,7 @@ class Reading:
         if len(refs) != len(pieces) or any(r.nbytes != p.nbytes for r, p in zip(refs, pieces, strict=True)):
             raise FormatError(f"{self._manifest.where}: {sink.path}: its chunks are not those of its grid")
         for ref, piece in zip(refs, pieces, strict=True):
-            self._wanted.setdefault((ref.digest, ref.nbytes), (ref, []))[1].append((sink, piece))
+            self._wanted.setdefault((ref.digest, ref.nbytes), (ref, []))[1].append((sink, Share.whole(piece)))
             self.stats.num_chunks += 1
             self.stats.state_nbytes += piece.nbytes
 
@@ -116,29 +142,29 @@ class Reading:
         num_converted = 0
         try:
             self._read(budget_nbytes)
-            for _, target in self._leaves:
+            for target, _ in self._leaves:
                 target.convert()
-                num_converted += target.is_own and target.staging is not None
+                num_converted += target.is_own and bool(target.staging)
         except Exception as error:
-            num_written = num_converted + sum(
-                sink.written for sink, target in self._leaves if target.is_written_in_place
-            )
+            num_written = num_converted + sum(map(_is_written_in_place, self._leaves))
+            if not num_written and isinstance(error, (CorruptionError, FormatError)):
+                raise type(error)(f"{self._manifest.where}: {error}") from error
             if not num_written:
                 raise
             raise PartialRestoreError(
-                f"the restore failed after it had written to {num_written} of {len(self._leaves)} tensors: the target "
-                f"is now a mix of old and new values; restore a snapshot that verifies before going on. {error}"
+                f"{self._manifest.where}: the restore failed after it had written to {num_written} of "
+                f"{len(self._leaves)} tensors: the target is now a mix of old and new values; restore a snapshot that "
+                f"verifies before going on. {error}"
             ) from error
         finally:
-            for sink, target in self._leaves:
-                if sink.written and target.is_written_in_place:
+            for target, sinks in self._leaves:
+                if _is_written_in_place((target, sinks)):
                     target.note_write()
 
     def _read(self, budget_nbytes: int | None) -> None:
         jobs = list(read_jobs(self._wanted.values(), ChunkReader(self._repository), Counters(self.stats)))
-        for sink, box, data in self._inline:
-            sink.written = True
-            sink.memory.scatter(box, memoryview(data))
+        for sink, share, data in self._inline:
+            sink.scatter(share, memoryview(data))
         if jobs:
             submit(
                 jobs,
@@ -146,6 +172,11 @@ class Reading:
                 budget=budget_nbytes or knobs.get_memory_budget_bytes(),
                 mode=Mode.THROUGH,
             ).wait()
+
+
+def _is_written_in_place(leaf: tuple[Target, list[Sink]]) -> bool:
+    target, sinks = leaf
+    return target.is_written_in_place and any(sink.written for sink in sinks)
 
 
 def load_opaque(path: str, type_name: str, data: bytes | bytearray) -> Any:

@@ -20,7 +20,7 @@ from torchsnapshot.chunks import ChunkWriter
 from torchsnapshot.engine import submit
 from torchsnapshot.grid import Box, Piece
 from torchsnapshot.plan import Chunk, TakePlan, grouped
-from torchsnapshot.read_jobs import Counters, Sink, Wanted, read_jobs
+from torchsnapshot.read_jobs import Counters, read_jobs, Share, Sink, Wanted
 from torchsnapshot.reading import BytesMemory
 from torchsnapshot.stats import Stats
 from torchsnapshot.store.envelope import ChunkRef
@@ -78,7 +78,7 @@ def _move_group(group: Sequence[Chunk], repository: Repository, writer: ChunkWri
     for chunk in group:
         assert chunk.ref is not None
         piece = Piece(Box((offset,), (chunk.nbytes,)), offset, chunk.nbytes)
-        wanted.append((chunk.ref, [(Sink(chunk.path, memory), piece)]))
+        wanted.append((chunk.ref, [(Sink(chunk.path, memory), Share.whole(piece))]))
         members.append((chunk.ref.digest, memoryview(memory.data)[offset : offset + chunk.nbytes], chunk.width))
         offset += chunk.nbytes
     submit(

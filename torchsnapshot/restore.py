@@ -20,6 +20,7 @@ import torch
 from torchsnapshot import history
 from torchsnapshot.app_state import random_state_kept
 from torchsnapshot.composites import COMPOSITE_KINDS
+from torchsnapshot.elastic import MissingRank, check_missing_rank, entries_for
 from torchsnapshot.entries import USER_METADATA, ContainerEntry, Entry, StoredManifest, ValueEntry, escape, unescape
 from torchsnapshot.errors import (
     AbsentStateError,
@@ -29,12 +30,12 @@ from torchsnapshot.errors import (
 )
 from torchsnapshot.flatten import resolver
 from torchsnapshot.live_state import lay_over, leaves_of
-from torchsnapshot.loading import load
-from torchsnapshot.opening import Opened
+from torchsnapshot.loading import allocator, load
+from torchsnapshot.opening import Opened, other_generations_named
 from torchsnapshot.parts import Part, entries_below, gather
 from torchsnapshot.reading import Reading
 from torchsnapshot.selection import Selection
-from torchsnapshot.stateful import Stateful
+from torchsnapshot.stateful import RNGState, Stateful
 from torchsnapshot.stats import Stats
 from torchsnapshot.store.leases import reading
 
@@ -48,13 +49,19 @@ class RestoreOptions:
     rename: Callable[[str], str] | None = None
     allow_pickle: bool = False
     device: torch.device | str | None = None
+    missing_rank: MissingRank | None = None
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        check_missing_rank(self.missing_rank)
 
 
 def restore(opened: Opened, statefuls: Mapping[str, Stateful], options: RestoreOptions) -> Stats:
     """Bring a state back. See ``Snapshot.restore``."""
     stats = Stats()
     # tables and bytes that are read without a lease could be swept while they are being read
-    with reading(opened.repository, opened.name):
+    with reading(opened.repository, opened.name), other_generations_named(opened):
         manifest = still_committed(opened)
         if options.paths is not None or options.rename is not None:
             _restore_part(opened, manifest, statefuls, options, stats)
@@ -107,7 +114,15 @@ def _restore_whole(
     paths = {key: check_key(manifest, key) for key in statefuls}
     states = _read_states(statefuls, stats)
     with stats.phase("plan"):
-        parts = {key: Part(entries_below(manifest, path), path, states[key]) for key, path in paths.items()}
+        parts = {
+            key: Part(
+                _entries(manifest, path, statefuls[key], options),
+                path,
+                states[key],
+                allocate=allocator(statefuls[key], path),
+            )
+            for key, path in paths.items()
+        }
         refused = {} if options.allow_pickle else {key: part.opaque() for key, part in parts.items() if part.opaque()}
         wanted = {key: part for key, part in parts.items() if key not in refused}
         work = Reading(opened.repository, manifest, stats)
@@ -120,7 +135,14 @@ def _restore_whole(
     if refused:
         raise PickleRefusedError(refusal(refused, list(wanted)))
     history.note_commit_time(opened.repository.store_id, manifest.head.created_ms)
-    history.remember(opened.repository.store_id, history.Remembered.of_manifest(manifest))
+    history.remember(opened.repository.store_id, history.Remembered.of_manifest(manifest, options.rank))
+
+
+def _entries(
+    manifest: StoredManifest, path: str, stateful: Stateful, options: RestoreOptions
+) -> Mapping[str, Entry]:
+    is_random_state = isinstance(stateful, RNGState)
+    return entries_for(manifest, path, options.rank, options.world_size, options.missing_rank, is_random_state)
 
 
 def _restore_part(
@@ -133,7 +155,8 @@ def _restore_part(
     selection = Selection(options.paths, options.rename)
     states = {escape(key): state for key, state in _read_states(statefuls, stats).items()}
     with stats.phase("plan"):
-        leaves = list(_leaf_entries(manifest))
+        # what only another rank had is nobody's here: a rank beyond those that took it sees rank 0's
+        leaves = list(_leaf_entries(manifest, options.rank if options.rank < manifest.head.world_size else 0))
         resolve = resolver(*states.values())
         values = {path: Part(entries, path, None, resolve) for path, entries in leaves if _is_value(entries, path)}
         first = Reading(opened.repository, manifest, stats)
@@ -167,11 +190,10 @@ def _restore_part(
                 load(key, stateful, state, options.strict)
 
 
-def _leaf_entries(manifest: StoredManifest) -> Iterator[tuple[str, dict[str, Entry]]]:
+def _leaf_entries(manifest: StoredManifest, rank: int) -> Iterator[tuple[str, dict[str, Entry]]]:
     """What can be selected: each tensor (a composite one with its parts), value and opaque object, by path."""
     inside: str | None = None
-    for stored, entry in manifest.walk():
-        path = stored.partition("/")[2]
+    for path, entry in manifest.entries_of(rank).items():
         if path == USER_METADATA:
             continue
         if inside is not None and path.startswith(inside):
@@ -180,7 +202,7 @@ def _leaf_entries(manifest: StoredManifest) -> Iterator[tuple[str, dict[str, Ent
         if isinstance(entry, ContainerEntry):
             if entry.kind in COMPOSITE_KINDS:
                 inside = f"{path}/"
-                yield path, entries_below(manifest, path)
+                yield path, entries_below(manifest, path, rank)
         else:
             yield path, {path: entry}
 

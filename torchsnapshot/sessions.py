@@ -152,12 +152,13 @@ class Pace:
 
     def __init__(self, world_size: int) -> None:
         self._start = time.monotonic()
+        self._shortest = 0.001 + world_size / 50_000
         self._longest = 0.05 + world_size / 4000
 
     def pause(self) -> None:
         """Wait a little. Ctrl-C interrupts it."""
         waited = time.monotonic() - self._start
-        time.sleep(min(self._longest, max(0.001, waited / 10)))
+        time.sleep(min(self._longest, max(self._shortest, waited / 10)))
 
 
 def is_own_error(error: BaseException) -> bool:

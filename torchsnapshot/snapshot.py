@@ -7,6 +7,7 @@ What doesn't live here: how a take runs (``take``), how a restore runs (``restor
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
@@ -17,9 +18,13 @@ from torchsnapshot import background, knobs
 from torchsnapshot.app_state import PrepareTensor, check_app_state
 from torchsnapshot.chunks import Encoding
 from torchsnapshot.errors import SnapshotError, SnapshotNotFoundError
+from torchsnapshot.distributed import group_of
+from torchsnapshot.elastic import MissingRank
 from torchsnapshot.event_handlers import logged_action
-from torchsnapshot.manifest import Entry, SnapshotMetadata, view
-from torchsnapshot.opening import Opened, open_snapshot, user_metadata_beside_head
+from torchsnapshot.group_take import GroupTake
+from torchsnapshot.manifest import Entry, SnapshotMetadata
+from torchsnapshot.manifest_view import view
+from torchsnapshot.opening import Opened, list_below, open_snapshot, user_metadata_beside_head
 from torchsnapshot.read_object import read_object, read_state_dict
 from torchsnapshot.restore import RestoreOptions, restore
 from torchsnapshot.stats import Stats
@@ -27,9 +32,8 @@ from torchsnapshot.store.backend import StorageOptions
 from torchsnapshot.store.check import Problem
 from torchsnapshot.store.envelope import Head
 from torchsnapshot.store.keys import SIGNPOST
-from torchsnapshot.store.locate import open_root
-from torchsnapshot.store.repository import Repository, SnapshotInfo
-from torchsnapshot.take import TakeOptions, prepare_take
+from torchsnapshot.store.repository import SnapshotInfo
+from torchsnapshot.take import Take, TakeOptions, open_take
 from torchsnapshot.verify import Depth, verify_snapshot
 
 logger = logging.getLogger(__name__)
@@ -111,9 +115,8 @@ class Snapshot:
             return cls(in_flight.path, pg, storage_options)
         options = TakeOptions(replicated, storage_options, _custom_tensor_prepare_func, encoding, store, user_metadata)
         with logged_action("take"):
-            take, nodes = prepare_take(path, check_app_state(app_state), options)
-            with take:
-                take.begin(nodes, in_background=False)
+            with _open_take(path, app_state, options, pg) as take:
+                take.begin(in_background=False)
                 opened = take.commit()
         return cls._of(path, pg, storage_options, opened, take.stats)
 
@@ -142,9 +145,9 @@ class Snapshot:
             return in_flight
         options = TakeOptions(replicated, storage_options, _custom_tensor_prepare_func, encoding, store, user_metadata)
         with logged_action("async_take"):
-            take, nodes = prepare_take(path, check_app_state(app_state), options)
+            take = _open_take(path, app_state, options, pg)
             try:
-                take.begin(nodes, in_background=True)
+                take.begin(in_background=True)
             except BaseException:
                 take.close()
                 raise
@@ -154,7 +157,12 @@ class Snapshot:
                 opened = take.commit()
             return cls._of(path, pg, storage_options, opened, take.stats)
 
-        pending = PendingSnapshot(path, pg, take.stats, background.Task(finish, f"async_take of {path}"))
+        try:
+            task = background.Task(finish, f"async_take of {path}")
+        except BaseException:
+            take.close()
+            raise
+        pending = PendingSnapshot(path, pg, take.stats, task)
         _in_flight.append(pending)
         return pending
 
@@ -164,7 +172,7 @@ class Snapshot:
         path: str,
         pg: ProcessGroup | None,
         storage_options: StorageOptions | None,
-        opened: Opened,
+        opened: Opened | None,
         stats: Stats,
     ) -> Snapshot:
         snapshot = cls(path, pg, storage_options)
@@ -182,6 +190,7 @@ class Snapshot:
         rename: Rename | None = None,
         allow_pickle: bool | None = None,
         device: torch.device | str | None = None,
+        missing_rank: MissingRank | None = None,
     ) -> None:
         """Bring the state back: tensors in place where their shape matches, structure from the snapshot.
 
@@ -193,6 +202,8 @@ class Snapshot:
             allow_pickle: rebuild values that only pickle can hold. This runs code from the snapshot: only for
                 snapshots that you trust. None: what TORCHSNAPSHOT_ALLOW_PICKLE says.
             device: where tensors are allocated whose target is on the meta device; None means the CPU.
+            missing_rank: where another number of ranks took the snapshot: what becomes of values that one rank had for
+                itself. ``"drop"``: new ranks go without; ``"rank0"``: they get rank 0's; None: that is an error.
 
         Raises:
             SnapshotNotFoundError: nothing committed is at the path.
@@ -204,7 +215,11 @@ class Snapshot:
         """
         statefuls = check_app_state(app_state)
         with logged_action("restore"):
-            options = RestoreOptions(strict, paths, rename, self._allows_pickle(allow_pickle), device)
+            group = group_of(self.pg)
+            allows_pickle = self._allows_pickle(allow_pickle)
+            options = RestoreOptions(
+                strict, paths, rename, allows_pickle, device, missing_rank, group.rank, group.world_size
+            )
             self.stats = restore(self._fresh(), statefuls, options)
 
     def read_object(
@@ -288,18 +303,21 @@ class Snapshot:
 
     @classmethod
     def list(cls, root: str, storage_options: StorageOptions | None = None) -> list[Snapshot]:
-        """The committed snapshots below ``root``, oldest commit first."""
-        repository = Repository.open(open_root(root, storage_options))
+        """The committed snapshots at and below ``root``, oldest commit first; their store is there or above it.
+
+        Raises:
+            SnapshotNotFoundError: neither ``root`` nor a folder above it holds a store.
+        """
         snapshots = []
-        for info in repository.list_snapshots():
-            snapshot = cls(f"{root.rstrip('/')}/{info.name}".rstrip("/"), None, storage_options)
+        for path, info in list_below(root, storage_options)[1]:
+            snapshot = cls(path, None, storage_options)
             snapshot._info = info
             snapshots.append(snapshot)
         return snapshots
 
     @classmethod
     def latest(cls, root: str, storage_options: StorageOptions | None = None) -> Snapshot | None:
-        """The snapshot below ``root`` that was committed last, or None where there is none yet."""
+        """The snapshot at or below ``root`` that was committed last, or None where there is none yet."""
         try:
             snapshots = cls.list(root, storage_options)
         except SnapshotNotFoundError:
@@ -355,9 +373,11 @@ class PendingSnapshot:
         """
         try:
             return self._task.wait(timeout)
-        except (SnapshotError, TimeoutError):
+        except SnapshotError:
             raise
         except Exception as error:
+            if isinstance(error, TimeoutError) and error is not self._task.error():
+                raise
             raise SnapshotError(f"Encountered exception while taking snapshot asynchronously: {error!r}") from error
 
     def wait_staged(self) -> None:
@@ -371,10 +391,22 @@ class PendingSnapshot:
 _in_flight: list[PendingSnapshot] = []
 
 
+def _open_take(
+    path: str, app_state: Mapping[str, Any], options: TakeOptions, pg: ProcessGroup | None
+) -> Take | GroupTake:
+    statefuls = check_app_state(app_state)
+    group = group_of(pg)
+    if group.world_size > 1:
+        return GroupTake(group, path, statefuls, options)
+    return open_take(path, statefuls, options)
+
+
 def _wait_or_skip(busy: Busy) -> PendingSnapshot | None:
     """Do what ``busy`` says about takes in flight; returns the one because of which this take is to be skipped."""
     if busy not in ("wait", "skip", "overlap"):
         raise ValueError(f"busy={busy!r}: allowed are 'wait', 'skip' and 'overlap'")
+    for pending in _in_flight:
+        pending._task.report_unheard()
     _in_flight[:] = [pending for pending in _in_flight if not pending.done()]
     if busy == "skip" and _in_flight:
         return _in_flight[-1]
@@ -382,3 +414,7 @@ def _wait_or_skip(busy: Busy) -> PendingSnapshot | None:
         for pending in _in_flight:
             pending._task.wait_ended()
     return None
+
+
+# the takes of a process are no business of its children
+os.register_at_fork(after_in_child=_in_flight.clear)

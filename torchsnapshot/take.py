@@ -15,10 +15,13 @@ from typing import Any, get_args
 
 from torchsnapshot import history, knobs
 from torchsnapshot.app_state import PrepareTensor, read_state
+from torchsnapshot.bases import bases_of
+from torchsnapshot.buffers import size_class
 from torchsnapshot.chunks import ChunkWriter, Encoding
 from torchsnapshot.engine import Mode, Run, submit
 from torchsnapshot.entries import MAX_INLINE_NBYTES, USER_METADATA, StoredManifest, ValueEntry, pack_entries
 from torchsnapshot.flatten import Node
+from torchsnapshot.meter import EncodingMeter
 from torchsnapshot.opening import Opened
 from torchsnapshot.plan import SMALL_CHUNK_NBYTES, TakePlan, build_entries, plan_take
 from torchsnapshot.repack import lonely_chunks, move
@@ -67,15 +70,25 @@ class TakeOptions:
             raise ValueError(f"user_metadata is larger than {MAX_INLINE_NBYTES} bytes; put it into app_state as a dict")
 
 
-def prepare_take(path: str, statefuls: Mapping[str, Stateful], options: TakeOptions) -> tuple[Take, dict[str, Node]]:
+def open_take(path: str, statefuls: Mapping[str, Stateful], options: TakeOptions) -> Take:
     """Read the state and open the store: all that can fail before anything is written."""
     stats = Stats()
     with stats.phase("state_dict"):
         nodes = read_state(statefuls, options.prepare)
     with stats.phase("open"):
-        place = place_for_take(path, options.store, options.storage_options)
+        place = place_for_take(path, options.store, options.storage_options, durable=knobs.is_durable())
         repository = Repository.create_or_open(place.backend, chunk_nbytes=knobs.get_chunk_size_bytes())
-    return Take(repository, place.name, options, stats), nodes
+    return Take(repository, place.name, options, stats, nodes)
+
+
+def _wait_staged(run: Run) -> None:
+    """Return when the caller may change its tensors: all of them are staged, or the run has failed."""
+    try:
+        run.wait_staged()
+    except Exception:
+        # whether a put fails before or after the last tensor was staged is chance; commit raises it in both cases
+        if not run.done:
+            raise
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,20 +107,22 @@ class _Work:
 class Take:
     """One take of one process, from the flattened state to the commit. A context: leaving it drops the lease."""
 
-    def __init__(self, repository: Repository, name: str, options: TakeOptions, stats: Stats) -> None:
+    def __init__(
+        self, repository: Repository, name: str, options: TakeOptions, stats: Stats, nodes: Mapping[str, Node]
+    ) -> None:
         self.repository = repository
         self.name = name
         self.stats = stats
+        self._nodes = nodes
         self._options = options
         self._session: TakeSession | None = None
         self._run: Run | None = None
         self._work: _Work | None = None
 
-    def begin(self, nodes: Mapping[str, Node], *, in_background: bool) -> None:
+    def begin(self, *, in_background: bool) -> None:
         """Put the lease, plan, and hand the work to the engine.
 
         Args:
-            nodes: the flattened state by path.
             in_background: return as soon as the caller may change its tensors; else when every blob is durable.
         """
         repository, stats = self.repository, self.stats
@@ -123,21 +138,37 @@ class Take:
                 previous = history.Remembered.of_manifest(StoredManifest(known.newest, repository.read_table))
             chunk_nbytes = knobs.get_chunk_size_bytes(repository.chunk_nbytes)
             small_nbytes = 0 if knobs.is_batching_disabled() else min(SMALL_CHUNK_NBYTES, chunk_nbytes)
-            plan = plan_take(nodes, previous, chunk_nbytes, small_nbytes)
-            writer = ChunkWriter(repository, session.take_id, 0, self._options.encoding)
+            plan = plan_take(self._nodes, previous, chunk_nbytes, small_nbytes)
+            writer = self._writer(session, in_background)
         jobs: list[ChunkJob | GroupJob] = [GroupJob(group, known, writer) for group in plan.groups]
         jobs.extend(ChunkJob(chunk, known, writer) for chunk in plan.large)
+        # buffers are larger than what they hold, and one that does not fit would have to wait for a put
+        buffers_nbytes = sum(size_class(job.nbytes) for job in jobs)
         with stats.phase("stage" if in_background else "write"):
             run = self._run = submit(
                 jobs,
-                budget=knobs.get_staging_budget_bytes(plan.state_nbytes)
+                budget=knobs.get_staging_budget_bytes(buffers_nbytes)
                 if in_background
                 else knobs.get_memory_budget_bytes(),
                 num_workers=max(knobs.get_num_threads(), repository.backend.concurrency),
                 mode=Mode.STAGE_FIRST if in_background else Mode.THROUGH,
             )
-            run.wait_staged() if in_background else run.wait()
+            _wait_staged(run) if in_background else run.wait()
         self._work = _Work(session, parent, previous, known, plan, writer, run)
+
+    def _writer(self, session: TakeSession, in_background: bool) -> ChunkWriter:
+        bases = bases_of(self.repository.store_id)
+        if self._options.encoding != "raw":
+            bases.begin_take(knobs.get_base_memory_bytes(bases.held_nbytes))
+        return ChunkWriter(
+            self.repository,
+            session.take_id,
+            0,
+            self._options.encoding,
+            meter=EncodingMeter(in_background=in_background),
+            bases=bases,
+            reads_bases=self.repository.backend.is_local,
+        )
 
     def commit(self) -> Opened:
         """Wait until every blob is durable, put the manifest, commit.
@@ -203,15 +234,17 @@ class Take:
 
     def close(self) -> None:
         """Stop what still runs and drop the lease. May be called at any point, more than once."""
-        if self._run is not None and not self._run.done:
-            self._run.cancel()
-            if self._session is not None and not (self._run.done or self.repository.backend.is_local):
+        run, session = self._run, self._session
+        if run is not None:
+            run.cancel()
+        if session is not None:
+            if run is not None and not run.done and not self.repository.backend.is_local:
                 # a second Ctrl-C came before the workers had ended
-                self._session.requests.unanswered = True
-        if self._session is not None:
-            self._session.close()
+                session.requests.unanswered = True
+            session.close()
         # staged bytes and tensors must not live as long as a handle that the caller keeps
         self._run = self._work = None
+        self._nodes = {}
 
     def __enter__(self) -> Take:
         return self

@@ -17,6 +17,7 @@ from torchsnapshot.buffers import Buffer
 from torchsnapshot.chunk_reader import digest_of
 from torchsnapshot.chunks import ChunkWriter
 from torchsnapshot.plan import Chunk
+from torchsnapshot.store.envelope import ChunkRef
 from torchsnapshot.store.known import Known
 
 
@@ -54,7 +55,13 @@ class ChunkJob:
         raw = buffer.memory(self.nbytes)
         digest = digest_of(raw)
         ref = self._known.lookup(digest, self.nbytes)
-        self._chunk.ref = ref or self._writer.put_chunk(raw, digest, self._chunk.width)
+        self._chunk.ref = ref or self._put(raw, digest)
+
+    def _put(self, raw: memoryview, digest: bytes) -> ChunkRef:
+        chunk, previous = self._chunk, None
+        if self._writer.wants_bases and chunk.previous is not None:
+            previous = self._known.lookup(chunk.previous, chunk.nbytes)
+        return self._writer.put_chunk(raw, digest, chunk.width, path=chunk.path, previous=previous)
 
 
 class GroupJob:

@@ -17,8 +17,10 @@ from typing import Any
 import torch
 
 from torchsnapshot.dtypes import name_of, numpy_name
-from torchsnapshot.entries import TensorEntry
-from torchsnapshot.host_views import HostView, memory_span, target_view
+from torchsnapshot.entries import ShardedTensorEntry, TensorEntry
+from torchsnapshot.grid import whole
+from torchsnapshot.host_views import memory_span, target_view
+from torchsnapshot.sharded import PlacedView, bump_versions, describe, is_dtensor, is_sharded_tensor
 from torchsnapshot.tensors import allocate, bump_version, can_write_in_place, convert_into, why_inconvertible
 
 
@@ -26,29 +28,33 @@ from torchsnapshot.tensors import allocate, bump_version, can_write_in_place, co
 class Target:
     """Where one stored tensor goes.
 
-    ``value`` is what stands in the restored state; ``view`` is the memory that bytes are scattered into: that of
-    ``value``, or that of ``staging``, whose values are converted into ``value`` at the end. ``is_own``: ``value`` was
-    the application's before.
+    ``value`` is what stands in the restored state; ``views`` is the memory that bytes are scattered into, one for each
+    region of the tensor that is wanted here: that of ``value``, or that of staging tensors, which are converted into
+    parts of ``value`` at the end. ``is_own``: ``value`` was the application's before.
     """
 
     value: Any
-    view: HostView
+    views: list[PlacedView]
     is_own: bool = False
-    staging: Any = None
+    staging: list[tuple[Any, Any]] = field(default_factory=list)
+    """(staging tensor, part of ``value``)."""
 
     @property
     def is_written_in_place(self) -> bool:
-        """Whether ``view`` is memory of the application."""
-        return self.is_own and self.staging is None
+        """Whether ``views`` are memory of the application."""
+        return self.is_own and not self.staging
 
     def convert(self) -> None:
         """Convert from staging, where there is one; torch tells autograd of that itself."""
-        if self.staging is not None:
-            convert_into(self.value, self.staging)
+        for staging, part in self.staging:
+            convert_into(part, staging)
 
     def note_write(self) -> None:
         """Tell autograd that the application's memory was written behind its back."""
-        bump_version(self.value)
+        if is_dtensor(self.value) or is_sharded_tensor(self.value):
+            bump_versions(self.value)
+        else:
+            bump_version(self.value)
 
 
 @dataclass(slots=True)
@@ -61,13 +67,13 @@ class TargetFinder:
     """
 
     device: torch.device
-    content: Callable[[TensorEntry], object]
+    content: Callable[[TensorEntry | ShardedTensorEntry], object]
     mismatches: list[str] = field(default_factory=list)
     converted: dict[str, tuple[str, str]] = field(default_factory=dict)
     _spans: list[tuple[str, int, int]] = field(default_factory=list)
     _holders: dict[tuple[str, int, int], object] = field(default_factory=dict)
 
-    def find(self, path: str, entry: TensorEntry, current: Any) -> Target | None:
+    def find(self, path: str, entry: TensorEntry | ShardedTensorEntry, current: Any) -> Target | None:
         """The target for ``entry``, where the application has ``current`` at the path (None: nothing).
 
         Returns None where it does not fit, and notes that in ``mismatches``.
@@ -77,12 +83,14 @@ class TargetFinder:
         if tuple(current.shape) != entry.shape:
             self.mismatches.append(f"{path}: stored {list(entry.shape)}, target {list(current.shape)}")
             return None
+        if is_dtensor(current) or is_sharded_tensor(current):
+            return self._find_sharded(path, entry, current)
         is_tensor = isinstance(current, torch.Tensor)
         device = None if not is_tensor else self.device if current.is_meta else current.device
         name = name_of(current.dtype) if is_tensor else numpy_name(current.dtype)
         if name == entry.dtype:
             if can_write_in_place(current) and self._claims(current, entry):
-                return Target(current, target_view(current, entry.permutation), is_own=True)
+                return Target(current, [_whole_view(current, entry)], is_own=True)
             return self._new(entry, device)
         obstacle = why_inconvertible(entry.dtype, current)
         if obstacle is not None:
@@ -91,15 +99,40 @@ class TargetFinder:
         self.converted[path] = (entry.dtype, str(name))
         staging = self._new(entry)
         if _can_convert_in_place(current) and self._claims(current, entry):
-            return Target(current, staging.view, is_own=True, staging=staging.value)
+            return Target(current, staging.views, is_own=True, staging=[(staging.value, current)])
         value = torch.empty_like(current, device=device) if is_tensor else current.copy()
-        return Target(value, staging.view, staging=staging.value)
+        return Target(value, staging.views, staging=[(staging.value, value)])
 
-    def _new(self, entry: TensorEntry, device: torch.device | None = None) -> Target:
-        value = allocate(entry.dtype, entry.shape, entry.permutation, device, as_array=entry.wrapper == "numpy")
-        return Target(value, target_view(value, entry.permutation))
+    def _find_sharded(self, path: str, entry: TensorEntry | ShardedTensorEntry, current: Any) -> Target | None:
+        """The target where the application has a tensor that is spread over ranks: this rank's parts of it."""
+        source = describe(current)
+        if source is None or isinstance(source, str):
+            self.mismatches.append(f"{path}: {source}")
+            return None
+        permutation = _permutation(entry)
+        if source.dtype == entry.dtype:
+            if source.is_writable and all(self._claims(part, entry) for part in source.locals):
+                return Target(current, source.views(permutation), is_own=True)
+            self.mismatches.append(f"{path}: this rank's part cannot be written in place (expanded, or an inference tensor)")
+            return None
+        obstacle = next(filter(None, (why_inconvertible(entry.dtype, part) for part in source.locals)), None)
+        if obstacle is not None:
+            self.mismatches.append(f"{path}: {obstacle}")
+            return None
+        self.converted[path] = (entry.dtype, source.dtype)
+        pairs = [(allocate(entry.dtype, part.shape), part) for part in source.locals]
+        boxes = [view.box for view in source.views(permutation)]
+        views = [
+            PlacedView(box, target_view(staging, permutation)) for box, (staging, _) in zip(boxes, pairs, strict=True)
+        ]
+        return Target(current, views, is_own=True, staging=pairs)
 
-    def _claims(self, current: Any, entry: TensorEntry) -> bool:
+    def _new(self, entry: TensorEntry | ShardedTensorEntry, device: torch.device | None = None) -> Target:
+        as_array = entry.wrapper == "numpy"
+        value = allocate(entry.dtype, entry.shape, _permutation(entry), device, as_array=as_array)
+        return Target(value, [_whole_view(value, entry)])
+
+    def _claims(self, current: Any, entry: TensorEntry | ShardedTensorEntry) -> bool:
         """Whether the memory is free for this tensor: nobody else's, or that of one with the very same content."""
         device = str(current.device) if isinstance(current, torch.Tensor) else "cpu"
         span = (device, *memory_span(current))
@@ -107,7 +140,7 @@ class TargetFinder:
             return True
         # the same memory in another order would be other elements
         strides = current.stride() if isinstance(current, torch.Tensor) else current.strides
-        content = (entry.dtype, entry.shape, entry.permutation, strides, self.content(entry))
+        content = (entry.dtype, entry.shape, _permutation(entry), strides, self.content(entry))
         if span in self._holders:
             return self._holders[span] == content
         place = bisect_left(self._spans, span)
@@ -120,6 +153,15 @@ class TargetFinder:
         insort(self._spans, span)
         self._holders[span] = content
         return True
+
+
+def _permutation(entry: TensorEntry | ShardedTensorEntry) -> tuple[int, ...] | None:
+    return entry.permutation if isinstance(entry, TensorEntry) else None
+
+
+def _whole_view(value: Any, entry: TensorEntry | ShardedTensorEntry) -> PlacedView:
+    view = target_view(value, _permutation(entry))
+    return PlacedView(whole(view.memory_shape), view)
 
 
 def _can_convert_in_place(current: Any) -> bool:

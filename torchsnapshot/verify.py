@@ -17,7 +17,7 @@ from torchsnapshot.chunk_reader import ChunkReader
 from torchsnapshot.engine import submit
 from torchsnapshot.entries import StoredManifest
 from torchsnapshot.errors import CorruptionError, FormatError, SnapshotError, SnapshotNotFoundError, StoreError
-from torchsnapshot.opening import Opened
+from torchsnapshot.opening import Opened, open_snapshot
 from torchsnapshot.progress import NO_PROGRESS, Progress
 from torchsnapshot.store.backend import StorageOptions
 from torchsnapshot.store.check import Problem, check_blobs, check_manifests
@@ -50,13 +50,16 @@ def verify_path(
     """
     place = find_root(path, storage_options)
     if place is None:
+        open_snapshot(path, storage_options)  # it says what is there instead
         raise SnapshotNotFoundError(f"{path}: neither this folder nor one above it holds a store of snapshots")
     repository = Repository.open(place.backend)
     below = f"{place.name}/" if place.name else ""
     roots = repository.walk().roots
     names = sorted({ref.name for ref in roots if ref.name == place.name or ref.name.startswith(below)})
     if place.name and not names:
-        raise SnapshotNotFoundError(f"{path}: no snapshot is here")
+        raise SnapshotNotFoundError(
+            f"{path}: no snapshot is at or below this folder; what is there: torchsnapshot ls {place.backend.url}"
+        )
     return VerifyResult(names, verify_names(repository, names, depth, progress))
 
 
@@ -135,9 +138,9 @@ def _check_bytes(
     findings = _Findings(progress)
     reader = ChunkReader(repository)
     with reading(repository, ""):
-        chunks: dict[tuple[str, int], tuple[dict[str, None], ChunkRef]] = {}
-        for name, ref in _chunks(repository, names, findings):
-            chunks.setdefault((ref.key, ref.offset), ({}, ref))[0][name] = None
+        chunks: dict[tuple[str, int, bytes], tuple[dict[str, None], ChunkRef]] = {}
+        for name, ref in _chunks(repository, names, known_bad, findings):
+            chunks.setdefault((ref.key, ref.offset, ref.digest), ({}, ref))[0][name] = None
         wanted = [(sharing, ref) for sharing, ref in chunks.values() if ref.key not in known_bad]
         progress.start("reading chunks", sum(ref.stored_nbytes for _, ref in wanted))
         jobs = [_CheckJob(sharing, ref, reader, findings) for sharing, ref in wanted]
@@ -153,11 +156,13 @@ def _check_bytes(
     return findings.problems
 
 
-def _chunks(repository: Repository, names: Iterable[str], findings: _Findings) -> Iterator[tuple[str, ChunkRef]]:
+def _chunks(
+    repository: Repository, names: Iterable[str], known_bad: frozenset[str], findings: _Findings
+) -> Iterator[tuple[str, ChunkRef]]:
     """Every chunk that a committed manifest of these snapshots names, with the snapshot's name."""
     for name in names:
         for ref in repository.manifests_of(name):
-            if not ref.committed:
+            if not ref.committed or ref.object in known_bad:
                 continue
             try:
                 manifest = StoredManifest(repository.read_manifest(ref), repository.read_table, ref.object)

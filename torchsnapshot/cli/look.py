@@ -19,8 +19,17 @@ from torchsnapshot.cli.output import (
     readable_time,
 )
 from torchsnapshot.diff import compare
-from torchsnapshot.entries import ContainerEntry, Entry, OpaqueEntry, Span, StoredManifest, TensorEntry, ValueEntry
-from torchsnapshot.opening import open_snapshot
+from torchsnapshot.entries import (
+    ContainerEntry,
+    Entry,
+    OpaqueEntry,
+    ShardedTensorEntry,
+    StoredManifest,
+    TensorEntry,
+    ValueEntry,
+    spans_of,
+)
+from torchsnapshot.opening import list_below, open_snapshot
 from torchsnapshot.store.envelope import ChunkRef, Head
 from torchsnapshot.store.locate import open_root
 from torchsnapshot.store.repository import Repository
@@ -53,8 +62,8 @@ def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
 
 def run_ls(options: argparse.Namespace) -> int:
     """``torchsnapshot ls ROOT``."""
-    repository = Repository.open(open_root(options.root, options.storage_options))
-    snapshots = repository.list_snapshots()
+    repository, found = list_below(options.root, options.storage_options)
+    snapshots = [info for _, info in found]
     if options.json:
         print_json({"root": repository.url, "snapshots": [{"name": s.name, **_head(s.head)} for s in snapshots]})
         return 0
@@ -119,20 +128,12 @@ def _print_head(path: str, manifest: StoredManifest) -> None:
     print()
 
 
-def _spans(entry: Entry) -> list[Span]:
-    if isinstance(entry, TensorEntry):
-        return [shard.span for shard in entry.shards]
-    if isinstance(entry, ContainerEntry) or entry.span is None:
-        return []
-    return [entry.span]
-
-
 def _refs(manifest: StoredManifest, entry: Entry) -> list[ChunkRef]:
-    return [ref for span in _spans(entry) for ref in manifest.refs(span)]
+    return [ref for span in spans_of(entry) for ref in manifest.refs(span)]
 
 
 def _kind(entry: Entry) -> str:
-    if isinstance(entry, TensorEntry):
+    if isinstance(entry, (TensorEntry, ShardedTensorEntry)):
         return entry.dtype
     if isinstance(entry, OpaqueEntry):
         return "pickle"
@@ -140,7 +141,7 @@ def _kind(entry: Entry) -> str:
 
 
 def _shape_or_value(entry: Entry) -> str:
-    if isinstance(entry, TensorEntry):
+    if isinstance(entry, (TensorEntry, ShardedTensorEntry)):
         return "x".join(map(str, entry.shape)) or "scalar"
     if isinstance(entry, OpaqueEntry):
         return entry.type_name
@@ -159,10 +160,10 @@ def _describe(manifest: StoredManifest, entry: Entry, digests: bool) -> dict[str
     if isinstance(entry, ContainerEntry):
         return {"kind": entry.kind, "keys": list(entry.keys)}
     described: dict[str, Any] = {
-        "kind": "tensor" if isinstance(entry, TensorEntry) else _kind(entry),
+        "kind": "tensor" if isinstance(entry, (TensorEntry, ShardedTensorEntry)) else _kind(entry),
         "nbytes": entry.nbytes,
     }
-    if isinstance(entry, TensorEntry):
+    if isinstance(entry, (TensorEntry, ShardedTensorEntry)):
         described |= {"dtype": entry.dtype, "shape": list(entry.shape), "requires_grad": entry.requires_grad}
     elif isinstance(entry, OpaqueEntry):
         described["type_name"] = entry.type_name

@@ -100,7 +100,7 @@ def _check_manifest(
         progress.advance(len(data))
         manifest = ManifestFile(data, ref.object)
         if manifest.head.take_id != ref.manifest.take_id:
-            raise FormatError(f"it is the manifest of the take {manifest.head.take_id}")
+            raise FormatError(f"{ref.object}: it is the manifest of the take {manifest.head.take_id}")
         use(manifest.envelope)
         _ = manifest.entries
     except KeyAbsentError:
@@ -115,7 +115,10 @@ def _check_manifest(
         yield Problem("unreadable", ref.name, ref.object, str(error))
     if not ref.committed and ref.manifest.take_id not in leases:
         yield Problem(
-            "uncommitted", ref.name, ref.object, "a take stopped between its manifest and its commit; delete the file"
+            "uncommitted",
+            ref.name,
+            ref.object,
+            f"{ref.object}: a take stopped between its manifest and its commit; delete the file, then run gc",
         )
 
 
@@ -136,9 +139,9 @@ def _compare(
             # the answer for this one key, in case that it came after the listing
             found = repository.blob_nbytes(key)
         if found is None:
-            yield Problem("missing", ref.name, key, repository.explain_missing(key))
+            yield Problem("missing", ref.name, key, f"blob {key}: {repository.explain_missing(key)}")
         elif found != nbytes:
-            yield Problem("size", ref.name, key, f"the blob has {found} bytes, the manifest says {nbytes}")
+            yield Problem("size", ref.name, key, f"blob {key} has {found} bytes, the manifest says {nbytes}")
 
 
 def _is_gone(repository: Repository, ref: ManifestRef) -> bool:

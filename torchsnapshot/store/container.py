@@ -200,11 +200,7 @@ def read_section(data: bytes | memoryview, section: Section, where: str) -> byte
         FormatError: the section is damaged, cut short, or not what the directory says.
     """
     name = _name(section.type)
-    stored = memoryview(data)[section.offset : section.offset + section.stored_nbytes]
-    if len(stored) != section.stored_nbytes:
-        raise FormatError(f"{where}: the {name} section is cut short ({len(stored)} of {section.stored_nbytes} bytes)")
-    if digest_of(stored) != section.digest:
-        raise FormatError(f"{where}: the {name} section is damaged (its digest does not match)")
+    stored = check_section(data, section, where)
     if section.codec == SectionCodec.ZSTD:
         return bounded.decompress(stored, section.raw_nbytes, f"{where}: {name} section")
     if section.codec != SectionCodec.RAW:
@@ -212,6 +208,17 @@ def read_section(data: bytes | memoryview, section: Section, where: str) -> byte
     if section.raw_nbytes != section.stored_nbytes:
         raise FormatError(f"{where}: the uncompressed {name} section declares another raw size than its own")
     return bytes(stored)
+
+
+def check_section(data: bytes | memoryview, section: Section, where: str) -> memoryview:
+    """A section's bytes as they are stored, after a look at their digest. See ``read_section``."""
+    name = _name(section.type)
+    stored = memoryview(data)[section.offset : section.offset + section.stored_nbytes]
+    if len(stored) != section.stored_nbytes:
+        raise FormatError(f"{where}: the {name} section is cut short ({len(stored)} of {section.stored_nbytes} bytes)")
+    if digest_of(stored) != section.digest:
+        raise FormatError(f"{where}: the {name} section is damaged (its digest does not match)")
+    return stored
 
 
 def _name(section_type: int) -> str:

@@ -26,6 +26,7 @@ from torchsnapshot.store.container import (
     SectionCodec,
     SectionType,
     check_host,
+    check_section,
     digest_of,
     pack_container,
     parse_header,
@@ -313,6 +314,11 @@ class ManifestFile:
     def nbytes(self) -> int:
         """The manifest's size in bytes."""
         return len(self._data)
+
+    def check_digests(self) -> None:
+        """Compare every section with its digest, undecoded; ``FormatError`` where one is damaged."""
+        for section in self.header.sections:
+            check_section(self._data, section, self.where)
 
     @cached_property
     def head(self) -> Head:

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import replace
 
-from torchsnapshot.errors import CollectorStoppedError, KeyAbsentError, NewerFormatError, SnapshotError
+from torchsnapshot.errors import CollectorStoppedError, KeyAbsentError, NewerFormatError, SnapshotError, StoreFullError
 from torchsnapshot.progress import NO_PROGRESS, Progress
 from torchsnapshot.store import housekeeping
 from torchsnapshot.store.clock import SYSTEM_CLOCK, Clock
@@ -260,9 +260,11 @@ class _Collector:
             self._backend.put(self._pending, PendingSet(current_process(), frozenset(plan.condemned)).pack())
         except SnapshotError as error:
             # it may be there all the same; another collector takes it over when this process has ended
+            why = "gave no clear answer when its plan was published"
+            if isinstance(error, StoreFullError):
+                why = "has no room for its plan: move something else away first, or a snapshot's folder with rm -r"
             raise CollectorStoppedError(
-                f"gc stopped before it deleted anything: {self._repository.url} gave no clear answer when its plan was "
-                f"published ({error})"
+                f"gc stopped before it deleted anything: {self._repository.url} {why} ({error})"
             ) from error
         self._pause()
 

@@ -76,7 +76,9 @@ class Index:
     def drop(self, keys: Iterable[str]) -> None:
         """Forget every chunk in these blobs, and every chunk with such a base, now and whenever one is added."""
         with self._lock:
-            dropped = set(keys)
+            dropped = set(keys) - self._dropped
+            if not dropped:
+                return
             self._dropped |= dropped
             self._refs = {digest: ref for digest, ref in self._refs.items() if not self._is_dropped(ref)}
             for number, table in enumerate(self._tables):

@@ -50,7 +50,8 @@ class Filled:
     seen_at: float = 0.0
 
 
-_filled: dict[str, Filled] = {}
+_filled: dict[tuple[str, str], Filled] = {}
+"""By (ROOT, store id): a ROOT that was copied has the id of the one that it was copied from, and other blobs."""
 
 
 def forget() -> None:
@@ -128,17 +129,21 @@ def known_for_take(
     if not evidence.usable:
         logger.info("a condemned set of %s could not be read: this take reuses nothing", repository.url)
         return Known(repository, None, frozenset())
-    filled = _filled.get(repository.store_id)
+    place = (repository.url, repository.store_id)
+    filled = _filled.get(place)
     # a snapshot that was restored may be of another process, or older than what was read
     knows_last = filled is not None and (last_take_id is None or last_take_id in filled.take_ids)
     if filled is None or filled.sweeps != evidence.sweeps or not knows_last:
         filled = _fill(repository, evidence, last_take_id)
         filled.seen_at = float("-inf")
-        _filled[repository.store_id] = filled
+        _filled[place] = filled
     if not repository.backend.is_local and clock() - filled.seen_at > LISTING_SECONDS:
         started = clock()
         filled.seen = dict(repository.list_blobs())
         filled.seen_at = started
+    # for good, not only for this take: the set may go while its collector still deletes, and then no later take of this
+    # process finds it, though the sweeps are those that the index is tagged with (docs/gc.md, "The argument")
+    filled.index.drop(evidence.condemned)
     return Known(repository, filled, evidence.condemned)
 
 

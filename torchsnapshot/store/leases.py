@@ -1,12 +1,12 @@
 """Sessions of takes and restores: the lease, its heartbeat, what a take may trust, and the end of it all.
 
-What lives here: section "A take" of docs/gc.md, steps 1, 2, 5 (through ``commit``) and 6. What doesn't: building the
-index (``known``), calling other leases dead (``liveness``).
+What lives here: section "A take" of docs/gc.md, steps 1, 2, 5 (through ``commit``) and 6. What doesn't: reading the
+evidence (``evidence``), building the index (``known``), calling other leases dead (``liveness``).
 
 Invariants:
 
 - The lease is durable before anything that a take relies on is read: nothing seen before it is evidence.
-- The condemned sets are read whole before the sweeps are listed; if one vanishes meanwhile, all is read again.
+- The condemned sets are read whole between two equal listings of the sweeps; if not, all is read again.
 - A lease goes when its session ends, also with an error, but not while a write of the session may still be under way:
   then it stays, without a heartbeat, until somebody calls it dead.
 - A session belongs to the process that opened it. In a forked child its commit refuses and its end does nothing.
@@ -19,8 +19,7 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from types import TracebackType
 from typing import TypeVar
 
@@ -34,79 +33,36 @@ from torchsnapshot.errors import (
 )
 from torchsnapshot.store.clock import SYSTEM_CLOCK, Clock
 from torchsnapshot.store.commit import Requests, commit_manifest
+from torchsnapshot.store.evidence import Evidence, read_condemned, read_evidence
 from torchsnapshot.store.keys import new_id
 from torchsnapshot.store.liveness import is_marked_dead
-from torchsnapshot.store.parallel import parallel
 from torchsnapshot.store.processes import current_process
 from torchsnapshot.store.records import (
-    DAMAGED_FOLDER,
     LEASES_FOLDER,
-    PENDING_FOLDER,
-    SWEEPS_FOLDER,
-    DamagedSet,
     Lease,
-    PendingSet,
 )
 from torchsnapshot.store.repository import Repository
 from torchsnapshot.store.turns import Turn
 from torchsnapshot.store.walk import ManifestRef, check_name
 
+__all__ = [
+    "Evidence",
+    "ReadSession",
+    "TakeSession",
+    "read_condemned",
+    "read_evidence",
+    "reading",
+    "start_take",
+    "writing",
+]
+
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 30.0
 
-_MAX_ROUNDS = 20
 _EXIT_SECONDS = 5.0
 
 S = TypeVar("S", bound="_Session")
-
-
-@dataclass(frozen=True, slots=True)
-class Evidence:
-    """What a take read after its lease: what it may not reuse, and the sweeps that had finished by then.
-
-    ``usable`` is False where a condemned set could not be read: then nothing may be reused. ``sets`` are the objects
-    that were read, so that other ranks can read exactly these (``read_condemned``).
-    """
-
-    sweeps: frozenset[str]
-    condemned: frozenset[str]
-    usable: bool = True
-    sets: tuple[str, ...] = ()
-
-
-def read_condemned(repository: Repository, sets: Iterable[str]) -> frozenset[str]:
-    """The keys of all these pending and damaged sets.
-
-    Raises:
-        KeyAbsentError: one of them has gone: whoever listed them must list again.
-        SnapshotError: one of them is unreadable: nothing may be reused.
-    """
-
-    def read(key: str) -> frozenset[str]:
-        data = repository.backend.read(key)
-        return DamagedSet.unpack(data).keys if key.startswith(DAMAGED_FOLDER) else PendingSet.unpack(data).keys
-
-    return frozenset().union(*parallel(read, sets, repository.backend.concurrency))
-
-
-def read_evidence(repository: Repository) -> Evidence:
-    """Step 2 of a take: every condemned set, and after these the sweeps. Only after the take's lease."""
-    backend = repository.backend
-    sets: tuple[str, ...] = ()
-    for _ in range(_MAX_ROUNDS):
-        sets = tuple(sorted(info.key for folder in (PENDING_FOLDER, DAMAGED_FOLDER) for info in backend.list(folder)))
-        try:
-            condemned = read_condemned(repository, sets)
-        except KeyAbsentError:
-            continue  # a collector has finished meanwhile
-        except SnapshotError as error:
-            logger.warning("a condemned set in %s is unreadable, this take reuses nothing: %s", repository.url, error)
-            return Evidence(frozenset(), frozenset(), False, sets)
-        sweeps = frozenset(info.key.rpartition("/")[2] for info in backend.list(SWEEPS_FOLDER))
-        return Evidence(sweeps, condemned, True, sets)
-    logger.warning("the condemned sets in %s change all the time, this take reuses nothing", repository.url)
-    return Evidence(frozenset(), frozenset(), False, sets)
 
 
 class _Beat:

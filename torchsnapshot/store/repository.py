@@ -18,7 +18,6 @@ Ordering rules. Each is one half of a promise that a reader or a collector relie
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,11 +31,12 @@ from torchsnapshot.errors import (
     SnapshotError,
     SnapshotNotFoundError,
     StoreError,
+    StoreFullError,
 )
 from torchsnapshot.store.backend import Backend, Buffer
+from torchsnapshot.store.config import hint_of_neighbour, read_config
 from torchsnapshot.store.envelope import HEAD_READ_NBYTES, Head, read_head
 from torchsnapshot.store.keys import OK_SUFFIX, SIGNPOST, blob_object, new_id, parse_blob_key
-from torchsnapshot.store.local import LocalBackend
 from torchsnapshot.store.parallel import parallel
 from torchsnapshot.store.records import (
     ALGORITHM_XXH3_128,
@@ -85,7 +85,7 @@ class Repository:
             SnapshotNotFoundError: ROOT has no store.
             FormatError: its config is unreadable.
         """
-        return cls(backend, _read_config(backend))
+        return cls(backend, read_config(backend))
 
     @classmethod
     def create_or_open(cls, backend: Backend, *, chunk_nbytes: int = DEFAULT_CHUNK_NBYTES) -> Repository:
@@ -100,7 +100,7 @@ class Repository:
             FormatError: its config is unreadable.
         """
         try:
-            config = _read_config(backend)
+            config = read_config(backend)
         except SnapshotNotFoundError:
             fresh = Config(new_id(), chunk_nbytes)
             # what is put is what would be read: a size out of bounds fails before it is stored
@@ -108,11 +108,13 @@ class Repository:
             try:
                 backend.put(CONFIG_OBJECT, fresh.pack(), if_absent=True)
                 logger.info(
-                    "created a store in %s: snapshots below it share their content%s", backend.url, _alone(backend)
+                    "created a store in %s: snapshots below it share their content%s",
+                    backend.url,
+                    hint_of_neighbour(backend),
                 )
             except KeyExistsError:
                 pass
-            config = _read_config(backend)
+            config = read_config(backend)
         repository = cls(backend, config)
         repository.check_writable()
         return repository
@@ -134,7 +136,7 @@ class Repository:
 
     def reload_config(self) -> None:
         """Read the config again: of two takes that made it at once, one lost."""
-        self.config = _read_config(self.backend)
+        self.config = read_config(self.backend)
         self.check_writable()
 
     def check_writable(self) -> None:
@@ -251,10 +253,16 @@ class Repository:
         self.note_commit_time(head.created_ms)
         return head
 
-    def list_snapshots(self) -> list[SnapshotInfo]:
-        """Every committed snapshot of this ROOT, the newest commit last. An unreadable one is logged and left out."""
+    def list_snapshots(self, below: str = "") -> list[SnapshotInfo]:
+        """Every committed snapshot of this ROOT, the newest commit last. An unreadable one is logged and left out.
+
+        Args:
+            below: only the one of this name and those below it; "" = all.
+        """
         newest: dict[str, ManifestRef] = {}
         for ref in self.walk().refs:
+            if below and ref.name != below and not ref.name.startswith(f"{below}/"):
+                continue
             if ref.committed and (ref.name not in newest or newest[ref.name].manifest < ref.manifest):
                 newest[ref.name] = ref
         found = parallel(self._info, newest.values(), self.backend.concurrency)
@@ -292,7 +300,11 @@ class Repository:
         """
         if not refs:
             return
-        self.backend.put(f"{REMOVED_FOLDER}/{new_id()}", Removed(tuple({ref.root for ref in refs})).pack())
+        try:
+            self.backend.put(f"{REMOVED_FOLDER}/{new_id()}", Removed(tuple({ref.root for ref in refs})).pack())
+        except StoreFullError as error:
+            # it would be absurd to refuse to make room for want of room: without the note a collector may stop and ask
+            logger.warning("no room to note what is removed, so gc may ask for --force: %s", error)
         for name in sorted({ref.name for ref in refs}):
             self.delete_manifest_files(sorted((ref for ref in refs if ref.name == name), key=lambda ref: ref.manifest))
             self._clear_folder(name)
@@ -341,7 +353,10 @@ class Repository:
     # explaining
 
     def _missing(self, key: str) -> MissingBlobError:
-        return MissingBlobError(f"blob {key} is not in {self.url}: {self.explain_missing(key)}")
+        return MissingBlobError(
+            f"blob {key} is not in {self.url}: {self.explain_missing(key)}. Restore another snapshot; `torchsnapshot "
+            "verify` lists all that is missing"
+        )
 
     def explain_missing(self, key: str) -> str:
         """Why this blob is not there, as far as the store knows; for messages."""
@@ -362,30 +377,3 @@ def _blob(key: str) -> str:
     if parse_blob_key(key) is None:
         raise ValueError(f"not a blob key: {key!r}")
     return blob_object(key)
-
-
-def _alone(backend: Backend) -> str:
-    """A warning for the line about a new store: people who expected to share with the folder beside it do not."""
-    if not isinstance(backend, LocalBackend):
-        return ""  # what lies beside ROOT in a bucket is out of this backend's sight
-    try:
-        with os.scandir(os.path.dirname(backend.root)) as entries:
-            for entry in entries:
-                if entry.path != backend.root and os.path.isfile(os.path.join(entry.path, CONFIG_OBJECT)):
-                    return f"; nothing is shared with the store in {entry.path} (name one store with store= to share)"
-    except OSError:
-        pass  # it is only a hint
-    return ""
-
-
-def _read_config(backend: Backend) -> Config:
-    try:
-        data = backend.read(CONFIG_OBJECT)
-    except KeyAbsentError as error:
-        raise SnapshotNotFoundError(f"{backend.url} holds no store: no {CONFIG_OBJECT} there") from error
-    try:
-        return Config.unpack(data)
-    except NewerFormatError:
-        raise
-    except FormatError as error:
-        raise FormatError(f"the store's config in {backend.url} is unreadable: {error}") from error

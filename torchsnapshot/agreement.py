@@ -1,0 +1,151 @@
+"""What the ranks of a take tell each other about their leaves, and what rank 0 makes of it. Pure.
+
+What lives here: the sums of leaves in the *exchange* round, and the decision which rank reports which leaf. What
+doesn't: who writes which content (``ownership``), how messages travel (``distributed``).
+
+A leaf's *sum* is one digest over everything that its entry will say. Ranks whose leaves at one path have equal sums hold
+a replica, whether or not anybody said so: rank 0 reports it for all. Holders of one region of a sharded tensor must have
+equal sums; the first of them reports it. Leaves that were declared replicated must be equal on all ranks.
+
+Invariant: every leaf is reported by exactly one rank, or by every rank that has it for itself, or it is a conflict.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import xxhash
+
+from torchsnapshot.errors import FormatError
+from torchsnapshot.flatten import OpaqueLeaf, ShardedLeaf, TensorLeaf
+from torchsnapshot.plan import Leaf
+
+_ROW = struct.Struct("<8s16sB")
+
+
+class Holding(IntEnum):
+    """How a leaf is held; the number stands in messages."""
+
+    PRIVATE = 0
+    DECLARED = 1
+    SHARDED = 2
+
+
+class Duty(IntEnum):
+    """What a rank does about one of its leaves; the number stands in messages."""
+
+    OWN = 0
+    """It reports the leaf as its own: other ranks lack it, or hold something else there."""
+    REPLICATED = 1
+    """All ranks hold the same; rank 0 reports it."""
+    ELSEWHERE = 2
+    """Another holder of the same region reports it."""
+    CONFLICT = 3
+    """Another rank holds something else where both must hold the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class LeafSum:
+    """One leaf in a message: ``key`` tells the place (a region of a tensor is a place), ``digest`` the content."""
+
+    key: bytes
+    digest: bytes
+    holding: Holding
+
+
+def sum_of(leaf: Leaf, *, declared: bool) -> LeafSum:
+    """The sum of one leaf.
+
+    Args:
+        leaf: of a plan whose chunks have their digests; no container.
+        declared: whether it is said to be replicated.
+    """
+    node = leaf.node
+    holding = Holding.DECLARED if declared else Holding.PRIVATE
+    place: object = leaf.path
+    if isinstance(node, ShardedLeaf):
+        source, holding = node.source, Holding.SHARDED
+        place = (leaf.path, source.identity, source.region)
+        what: object = (source.sharding, leaf.cell)
+    elif isinstance(node, TensorLeaf) and leaf.view is not None:
+        view = leaf.view
+        what = (view.dtype, view.shape, view.permutation, leaf.cell, node.wrapper, node.requires_grad)
+    elif isinstance(node, OpaqueLeaf):
+        what = node.type_name
+    else:
+        what = None
+    content = xxhash.xxh3_128(repr(what).encode())
+    content.update(leaf.inline or b"")
+    for chunk in leaf.chunks:
+        content.update(chunk.digest)
+    return LeafSum(xxhash.xxh3_64_digest(repr(place).encode()), content.digest(), holding)
+
+
+def pack_sums(sums: Iterable[LeafSum]) -> bytes:
+    """25 bytes for each leaf, in the rank's own order."""
+    return b"".join(_ROW.pack(each.key, each.digest, each.holding) for each in sums)
+
+
+def unpack_sums(data: bytes | memoryview) -> list[LeafSum]:
+    """The inverse of ``pack_sums``. Raises ``FormatError`` where ``data`` is no such message."""
+    if len(data) % _ROW.size:
+        raise FormatError(f"a message of {len(data)} bytes about leaves is cut off")
+    return [LeafSum(key, digest, Holding(holding)) for key, digest, holding in _ROW.iter_unpack(data)]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Rank 0's decision for one rank: a duty for each of its leaves, and for conflicts (leaf, other rank)."""
+
+    duties: bytes
+    conflicts: list[tuple[int, int]]
+
+
+def decide(messages: Sequence[bytes | memoryview]) -> list[Answer]:
+    """Decide for every rank which leaves it reports.
+
+    Args:
+        messages: what ``pack_sums`` made on each rank.
+    """
+    first = bytes(messages[0])
+    if all(message == first for message in messages):
+        # replicas in every respect: nothing needs to be looked up
+        duties = bytes(_only_duty(each) for each in unpack_sums(first))
+        others = bytes(Duty.ELSEWHERE if duty == Duty.OWN else duty for duty in duties)
+        return [Answer(others if rank else duties, []) for rank in range(len(messages))]
+    sums = [unpack_sums(message) for message in messages]
+    holders: dict[bytes, list[tuple[int, bytes]]] = {}
+    for rank, mine in enumerate(sums):
+        for each in mine:
+            holders.setdefault(each.key, []).append((rank, each.digest))
+    return [_answer(rank, mine, holders, len(messages)) for rank, mine in enumerate(sums)]
+
+
+def _only_duty(each: LeafSum) -> Duty:
+    return Duty.OWN if each.holding is Holding.SHARDED else Duty.REPLICATED
+
+
+def _answer(
+    rank: int, sums: Sequence[LeafSum], holders: dict[bytes, list[tuple[int, bytes]]], world_size: int
+) -> Answer:
+    duties = bytearray()
+    conflicts: list[tuple[int, int]] = []
+    for index, each in enumerate(sums):
+        held = holders[each.key]
+        first_rank, first_digest = held[0]
+        is_on_all = len(held) == world_size
+        differs = next((other for other, digest in held if digest != each.digest), None)
+        must_be_equal = each.holding is Holding.SHARDED or (each.holding is Holding.DECLARED and is_on_all)
+        if differs is not None and must_be_equal:
+            duties.append(Duty.CONFLICT)
+            conflicts.append((index, differs if first_digest == each.digest else first_rank))
+        elif each.holding is Holding.SHARDED:
+            duties.append(Duty.OWN if rank == first_rank else Duty.ELSEWHERE)
+        elif is_on_all and differs is None:
+            duties.append(Duty.REPLICATED)
+        else:
+            duties.append(Duty.OWN)
+    return Answer(bytes(duties), conflicts)

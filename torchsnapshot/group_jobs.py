@@ -1,0 +1,90 @@
+"""The units of work of a take over several ranks: first hash what lies there, then put what this rank was given.
+
+What lives here: the two kinds of job that the engine carries. What doesn't: what is whose (``ownership``,
+``agreement``), the order of the steps (``group_take``).
+
+Invariant: the digest that names a blob is that of the copy that is put, as in ``take_jobs``. Other ranks were told the
+digest of live memory; a copy that differs from it is an error, as what they rely on would not be there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torchsnapshot.buffers import Buffer
+from torchsnapshot.chunk_reader import digest_of
+from torchsnapshot.chunks import ChunkWriter
+from torchsnapshot.errors import SnapshotError
+from torchsnapshot.plan import Chunk
+from torchsnapshot.store.known import Known
+
+
+class HashJob:
+    """Finds the digests of some chunks, and which of them may be reused.
+
+    Args:
+        chunks: one large one, or a group of small ones.
+        known: what may be reused.
+    """
+
+    def __init__(self, chunks: Sequence[Chunk], known: Known) -> None:
+        # a copy is needed only where the bytes cannot be had as they lie: on a device, or with strides
+        needed = [chunk.nbytes for chunk in chunks if chunk.source.live(chunk.piece.offset, chunk.nbytes) is None]
+        self.nbytes = max(needed, default=0)
+        self._chunks = chunks
+        self._known = known
+
+    def stage(self, buffer: Buffer | None) -> bool:
+        """Do all of it; nothing is left to finish."""
+        for chunk in self._chunks:
+            raw = chunk.source.live(chunk.piece.offset, chunk.nbytes)
+            if raw is None:
+                assert buffer is not None
+                raw = buffer.memory(chunk.nbytes)
+                chunk.source.stage(chunk.piece.box, raw)
+            chunk.digest = digest_of(raw)
+            chunk.ref = self._known.lookup(chunk.digest, chunk.nbytes)
+        return False
+
+    def finish(self, buffer: Buffer | None) -> None:
+        """Nothing is left."""
+
+
+class PutJob:
+    """Copies and puts chunks that this rank was given: one large one, or a group of small ones as a pack."""
+
+    def __init__(self, chunks: Sequence[Chunk], writer: ChunkWriter, *, is_pack: bool) -> None:
+        self.nbytes = sum(chunk.nbytes for chunk in chunks)
+        self._chunks = chunks
+        self._writer = writer
+        self._is_pack = is_pack
+
+    def stage(self, buffer: Buffer | None) -> bool:
+        """Copy."""
+        assert buffer is not None
+        memory, offset = buffer.memory(self.nbytes), 0
+        for chunk in self._chunks:
+            chunk.source.stage(chunk.piece.box, memory[offset : offset + chunk.nbytes])
+            offset += chunk.nbytes
+        return True
+
+    def finish(self, buffer: Buffer | None) -> None:
+        """Hash the copies, compare with what was announced, put."""
+        assert buffer is not None
+        memory, offset = buffer.memory(self.nbytes), 0
+        members = []
+        for chunk in self._chunks:
+            raw = memory[offset : offset + chunk.nbytes]
+            offset += chunk.nbytes
+            if digest_of(raw) != chunk.digest:
+                raise SnapshotError(
+                    f"{chunk.path} changed while the snapshot was being taken: something writes to it from another "
+                    "thread or stream. Nothing was committed; take the snapshot again when nobody does"
+                )
+            members.append((chunk.digest, raw, chunk.width))
+        if self._is_pack:
+            refs = self._writer.put_pack(members)
+        else:
+            refs = [self._writer.put_chunk(raw, digest, width) for digest, raw, width in members]
+        for chunk, ref in zip(self._chunks, refs, strict=True):
+            chunk.ref = ref
