@@ -16,10 +16,12 @@ from benchmarks import machine, plot
 from benchmarks.part import PEERS, REPOSITORY
 from benchmarks.report import MISSED, Line, Result, table
 
-PARTS = ("take", "async_stall", "training", "restore", "small", "gc_scale", "s3", "chunk_size")
+PARTS = ("take", "async_stall", "training", "restore", "stored_bytes", "small", "gc_scale", "s3", "chunk_size")
 RESULTS = REPOSITORY / "benchmarks" / "results"
 REFERENCE = RESULTS / "reference.json"
 PICTURE = REPOSITORY / "docs" / "images" / "training.svg"
+PAGE = REPOSITORY / "docs" / "benchmarks.md"
+BEGIN, END = "<!-- figures: written by --publish -->", "<!-- end of figures -->"
 
 
 def main() -> int:
@@ -34,7 +36,7 @@ def main() -> int:
     parser.add_argument("--peers", choices=PEERS, default="all", help="other libraries: all, those in torch, none")
     parser.add_argument("--rounds", type=int, help="measured rounds (default 5)")
     parser.add_argument(
-        "--publish", action="store_true", help=f"also write {REFERENCE.name} and the README's plot, to be committed"
+        "--publish", action="store_true", help=f"also write {REFERENCE.name}, {PAGE.name} and the README's plot"
     )
     options = parser.parse_args()
     options.results.mkdir(parents=True, exist_ok=True)
@@ -55,7 +57,7 @@ def main() -> int:
     whole = {"machine": facts, "parts": {part: asdict(result) for part, result in results.items()}}
     (options.results / "all.json").write_text(json.dumps(whole, indent=2) + "\n")
     if options.publish:
-        _publish(whole, results)
+        _publish(whole, lines, results)
     return 0 if len(results) == len(options.parts) else 1
 
 
@@ -95,9 +97,18 @@ def _draw(results: dict[str, Result], file: Path) -> None:
         print(f"Plot: {file}")
 
 
-def _publish(whole: dict[str, Any], results: dict[str, Result]) -> None:
+def _publish(whole: dict[str, Any], lines: list[Line], results: dict[str, Result]) -> None:
+    """Write what is committed: the measurements, the picture, and the table in the documentation."""
     REFERENCE.write_text(json.dumps(whole, indent=2) + "\n")
     _draw(results, PICTURE)
+    PAGE.write_text(with_figures(PAGE.read_text(), f"Measured on {machine.sentence(whole['machine'])}:", table(lines)))
+
+
+def with_figures(page: str, sentence: str, figures: str) -> str:
+    """The page with other figures between its two marks."""
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n\n{sentence}\n\n{figures}\n\n{END}{after}"
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from benchmarks.part import (
     timed,
     use_all_cores,
 )
-from benchmarks.peers.client import Peer, peers, usable
+from benchmarks.peers.client import Peer, peers, remove, usable
 from benchmarks.report import SHOWN, Line, Result, against_limit, faster_than, megabytes, readable
 from benchmarks.states import FULL, QUICK, State
 from torchsnapshot import Snapshot
@@ -65,7 +65,9 @@ class Run:
         Snapshot.take(str(root / "step"), self._state.app_state, encoding=self._encoding)
         digests = self._limits.digests(self._pieces)
         self._state.change("all")
-        return self._restore(root / "step", digests)
+        seconds = self._restore(root / "step", digests)
+        remove(root)
+        return seconds
 
     def one_step_back(self) -> float:
         """Restore ``step_1`` while the state is that of ``step_2``; nothing is in the page cache."""

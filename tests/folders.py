@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import xxhash
 
-from torchsnapshot import bases, history
+from torchsnapshot import Snapshot, bases, history, structure
 from torchsnapshot.codecs import decode_into
 from torchsnapshot.encoded import read_header
 from torchsnapshot.entries import Entry, StoredManifest, spans_of
@@ -24,6 +25,7 @@ def new_process() -> None:
     history.forget()
     known.forget()
     bases.forget()
+    structure.forget()
 
 
 def files(root: Path) -> dict[str, bytes]:
@@ -59,23 +61,39 @@ def refs(path: Path | str, name: str) -> list[ChunkRef]:
 
 def keys(path: Path | str) -> set[str]:
     """The blobs that a snapshot refers to."""
-    stored = manifest(path)
-    return {ref.key for table in stored.envelope.iter_tables(lambda key: b"") for ref in table.iter_refs()}
+    return {ref.key for ref in _rows(manifest(path))}
 
 
 def mislabelled(root: Path) -> list[str]:
-    """The blobs whose content is not what their key says; decoded here without the library's own check of digests."""
+    """The blobs whose content is not what their key says; decoded here without the library's own check of digests.
+
+    A delta that no snapshot refers to is passed over: nothing says what its base is.
+    """
+    found = blobs(root)
+    base_of = {ref.key: ref.base for snapshot in Snapshot.list(str(root)) for ref in _rows(manifest(snapshot.path))}
+
+    def raw_of(key: str) -> bytes:
+        stored = found[key].read_bytes()
+        if not key.endswith((".z", ".d")):
+            return stored
+        base = base_of.get(key)
+        raw = bytearray(raw_of(base.key)) if base is not None else bytearray(read_header(memoryview(stored)).raw_nbytes)
+        decode_into(memoryview(stored), memoryview(raw), None if base is None else memoryview(raw))
+        return bytes(raw)
+
     wrong = []
-    for key, path in blobs(root).items():
-        content = path.read_bytes()
-        if key.endswith(".z"):
-            raw = bytearray(read_header(memoryview(content)).raw_nbytes)
-            decode_into(memoryview(content), memoryview(raw))
-            content = bytes(raw)
+    for key in found:
         parsed = parse_blob_key(key)
-        if parsed is None or parsed.digest != xxhash.xxh3_128_digest(content):
+        if key.endswith(".d") and base_of.get(key) is None:
+            continue
+        if parsed is None or parsed.digest != xxhash.xxh3_128_digest(raw_of(key)):
             wrong.append(key)
     return wrong
+
+
+def _rows(stored: StoredManifest) -> Iterator[ChunkRef]:
+    for table in stored.envelope.iter_tables(lambda key: b""):
+        yield from table.iter_refs()
 
 
 def run_python(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

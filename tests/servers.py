@@ -108,22 +108,28 @@ class Fault:
     """What the proxy does instead of, or after, forwarding a request.
 
     ``status`` with ``body``: answer this. ``drop``: close the connection without an answer. ``forward_first``: let the
-    server handle the request all the same (the answer is lost).
+    server handle the request all the same (the answer is lost). ``cut``: give the server's answer, but close the
+    connection in the middle of its body.
     """
 
     status: int = 503
     body: bytes = b""
     drop: bool = False
     forward_first: bool = False
+    cut: bool = False
 
 
 @dataclass
 class FaultProxy:
-    """Forwards to a server; ``decide(method, path)`` may return a fault for a request. Records what it has seen."""
+    """Forwards to a server; ``decide(method, path)`` may return a fault for a request. Records what it has seen.
+
+    ``authorizations`` are the requests' headers of that name.
+    """
 
     target: str
     decide: Callable[[str, str], Fault | None] = lambda method, path: None
     seen: list[tuple[str, str]] = field(default_factory=list)
+    authorizations: set[str] = field(default_factory=set)
     url: str = ""
 
     def fail_next(self, count: int, fault: Fault, *, method: str = "", contains: str = "") -> None:
@@ -153,15 +159,16 @@ def fault_proxy(target: str) -> Iterator[FaultProxy]:
         def handle_any(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             proxy.seen.append((self.command, self.path))
+            proxy.authorizations.add(self.headers.get("Authorization") or "")
             fault = proxy.decide(self.command, self.path)
-            if fault is None or fault.forward_first:
+            if fault is None or fault.forward_first or fault.cut:
                 connection = http.client.HTTPConnection(address)
                 connection.request(self.command, self.path, body, dict(self.headers.items()))
                 answer = connection.getresponse()
                 content = answer.read()
                 connection.close()
                 status, headers = answer.status, answer.getheaders()
-            if fault is not None:
+            if fault is not None and not fault.cut:
                 if fault.drop:
                     self.close_connection = True
                     return
@@ -173,7 +180,10 @@ def fault_proxy(target: str) -> Iterator[FaultProxy]:
             length = dict(headers).get("Content-Length") if self.command == "HEAD" else None
             self.send_header("Content-Length", length or str(len(content)))
             self.end_headers()
-            if self.command != "HEAD":
+            if fault is not None and fault.cut:
+                self.wfile.write(content[: len(content) // 2])
+                self.close_connection = True
+            elif self.command != "HEAD":
                 self.wfile.write(content)
 
         do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = handle_any

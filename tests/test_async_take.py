@@ -134,7 +134,11 @@ def test_nothing_is_put_before_everything_is_staged_where_memory_allows(root: Pa
 def test_values_and_arrays_may_change_on_return(root: Path, gate: Gate) -> None:
     """Lists, dicts, bytes and numpy arrays too; and the state's own structure."""
     state = StateDict(
-        list=[1, 2], bytes=bytearray(b"x" * 50_000), array=numpy.arange(3 * NUMEL), small=numpy.arange(3), t=torch.ones(5)
+        list=[1, 2],
+        bytes=bytearray(b"x" * 50_000),
+        array=numpy.arange(3 * NUMEL),
+        small=numpy.arange(3),
+        t=torch.ones(5),
     )
     pending = Snapshot.async_take(str(root / "step_1"), {"s": state})
     state["list"].append(3)
@@ -359,7 +363,9 @@ state["t"].zero_()
 """
 
 
-@pytest.mark.parametrize("ending", ["", "raise SystemExit(3)", "raise ValueError('sorry')"], ids=["end", "exit", "error"])
+@pytest.mark.parametrize(
+    "ending", ["", "raise SystemExit(3)", "raise ValueError('sorry')"], ids=["end", "exit", "error"]
+)
 def test_take_that_nobody_waits_for_is_committed_when_the_process_ends(root: Path, ending: str) -> None:
     """However the interpreter ends by itself, the take is finished first, and the lease dropped."""
     finished = run_python(UNWAITED + ending, str(root / "step_1"), "{}")
@@ -396,18 +402,19 @@ def test_take_that_fails_when_the_process_ends_is_told_and_commits_nothing(root:
 
 
 KILLED = """
-import sys, threading, torch
+import os, sys, threading, torch
 from torchsnapshot import Snapshot, StateDict
 from torchsnapshot.store.repository import Repository
 state = StateDict(t=torch.arange(100_000))
 Snapshot.take(sys.argv[1] + "/step_1", {"s": state})
 put_blob = Repository.put_blob
-puts = []
+lock, puts = threading.Lock(), []
 def put(repository, key, data, *, aligned=False):
-    puts.append(key)
-    if len(puts) < 4:
-        return put_blob(repository, key, data, aligned=aligned)
-    print("putting", flush=True)
+    with lock:
+        if len(puts) < 3:
+            puts.append(key)
+            return put_blob(repository, key, data, aligned=aligned)
+    os.write(1, b"putting\\n")
     threading.Event().wait()
 Repository.put_blob = put
 state["t"].add_(1_000_000)
@@ -421,8 +428,9 @@ def test_killed_process_leaves_what_was_committed_and_garbage(root: Path) -> Non
         [sys.executable, "-c", KILLED, str(root)], stdout=subprocess.PIPE, env=dict(os.environ), text=True
     ) as process:
         assert process.stdout is not None
-        assert process.stdout.readline() == "putting\n"
+        line = process.stdout.readline()
         process.send_signal(signal.SIGKILL)
+    assert line == "putting\n"
     assert process.returncode == -signal.SIGKILL
     assert len(list((root / ".torchsnapshot" / "leases").iterdir())) == 1
     assert [snapshot.name for snapshot in Snapshot.list(str(root))] == ["step_1"]
@@ -510,15 +518,19 @@ def test_child_takes_and_restores_by_itself_and_exits(root: Path) -> None:
 
 def test_task_that_cannot_start_is_forgotten(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
     """Where no thread can be started the call fails, drops its lease, and the exit waits for nothing."""
+    start = threading.Thread.start
+    tasks = list(background._tasks)
 
     def refuse(thread: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
+        if thread.name.startswith("async_take"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
 
     with monkeypatch.context() as patch:
         patch.setattr(background.threading.Thread, "start", refuse)
         with pytest.raises(RuntimeError, match="can't start new thread"):
             begin(root / "step_1", {"n": 1})
-    assert background._tasks == []
+    assert background._tasks == tasks
     assert list((root / ".torchsnapshot" / "leases").iterdir()) == []
     begin(root / "step_1", {"n": 1}).wait()
 

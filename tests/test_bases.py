@@ -197,6 +197,20 @@ class TestCopies:
         bases.forget()
 
 
+def test_one_store_at_a_time_has_copies() -> None:
+    """The budget is the process's: turning to another store frees the copies for the first."""
+    first = bases_of("first")
+    first.begin_take(4 * MIB)
+    first.keep(chunk(1), content(1))
+    first.record_gain("w", 0.5)
+    assert bases_of("first") is first
+    assert first.held_nbytes == MIB
+    assert bases_of("second") is not first
+    assert first.held_nbytes == 0
+    assert bases_of("first").gain("w") == 0.5
+    bases.forget()
+
+
 class TestLearning:
     def test_average_of_a_base_and_its_deltas(self) -> None:
         """The average counts the base and every delta once; without a memory it is the base alone."""

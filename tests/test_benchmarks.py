@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import plot
-from benchmarks.__main__ import PARTS
+from benchmarks.__main__ import PAGE, PARTS, with_figures
 from benchmarks.limits import Limits, pieces_of
 from benchmarks.part import take_turns
 from benchmarks.peers import environments
@@ -187,3 +187,11 @@ def test_peer_that_cannot_be_installed_is_named(tmp_path: Path, monkeypatch: pyt
     found = environments.environment("safetensors", tmp_path)
     assert found == environments.Unavailable("could not be installed: ERROR: no matching distribution")
     assert environments.environment("torch", tmp_path) == Path(sys.executable)
+
+
+def test_figures_replace_figures() -> None:
+    """Publishing twice leaves the page's words as they were, and one table."""
+    once = with_figures(PAGE.read_text(), "Measured here:", "| a |")
+    twice = with_figures(once, "Measured there:", "| b |")
+    assert twice == once.replace("Measured here:", "Measured there:").replace("| a |", "| b |")
+    assert "## How it measures" in twice

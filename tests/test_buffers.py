@@ -126,8 +126,41 @@ class TestPool:
     def test_prefault_leaves_free_buffers(self) -> None:
         """Prefaulted buffers wait in the pool, also if they are more than it kept before."""
         pool = BufferPool(keep_nbytes=1)
-        pool.prefault(1 << 20, 3)
-        assert (pool.lent_nbytes, pool.free_nbytes) == (0, 3 << 20)
+        wanted = {1 << 20: 3, 1 << 16: 2}
+        assert pool.warm_nbytes(wanted) == 0
+        pool.prefault(wanted)
+        assert (pool.lent_nbytes, pool.free_nbytes) == (0, (3 << 20) + (2 << 16))
+        assert pool.warm_nbytes(wanted) == pool.free_nbytes
+        assert pool.warm_nbytes({1 << 20: 5, 1 << 16: 1}) == (3 << 20) + (1 << 16)
+
+    def test_prefault_keeps_what_is_there_and_replaces_what_is_not_wanted(self) -> None:
+        """Free buffers of a wanted size are left as they are; those of others make room."""
+        pool = BufferPool(keep_nbytes=4 << 20)
+        lent = [pool.acquire(nbytes) for nbytes in (1 << 20, 1 << 20, 2 << 20)]
+        lent[0].memory()[:4] = b"here"
+        for buffer in lent:
+            buffer.release()
+        pool.prefault({1 << 20: 4})
+        assert pool.free_nbytes == 4 << 20
+        assert pool.warm_nbytes({1 << 20: 9}) == 4 << 20
+        assert b"here" in [bytes(pool.acquire(1 << 20).memory(4)) for _ in range(4)]
+
+    def test_prefault_stops_when_told(self) -> None:
+        """It asks before each 2 MiB; a buffer that was not touched to its end is not handed out as ready."""
+        pool = BufferPool()
+        answers = iter([True] * 4 + [False])
+        pool.prefault({4 << 20: 10}, lambda: next(answers))
+        assert pool.free_nbytes == 4 << 20
+
+    def test_limit_frees_what_is_too_much(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A pool may be told to hold on to less; it never goes below what every pool keeps."""
+        monkeypatch.setattr(buffers, "DEFAULT_KEEP_NBYTES", 2 << 20)
+        pool = BufferPool()
+        pool.prefault({1 << 20: 6})
+        pool.limit(3 << 20)
+        assert pool.free_nbytes == 3 << 20
+        pool.limit(0)
+        assert pool.free_nbytes == 2 << 20
 
     def test_failed_mapping_counts_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Where the machine has no memory left, the pool's figures stay right."""

@@ -8,6 +8,7 @@ from math import prod
 from typing import Any
 
 import pytest
+import read_format
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from manifest_samples import chunk, entries, head, manifest, one_tree, reference_to, refs, table_of
@@ -19,9 +20,12 @@ from torchsnapshot.entries import (
     MAX_PATH_NCHARS,
     USER_METADATA,
     ContainerEntry,
+    EntriesBuilder,
+    EntriesSection,
     Entry,
     Key,
     OpaqueEntry,
+    ShardedTensorEntry,
     ShardEntry,
     Span,
     StoredManifest,
@@ -32,11 +36,14 @@ from torchsnapshot.entries import (
     escape,
     is_entry_path,
     pack_entries,
+    pack_trees,
+    span_columns,
     unescape,
     unpack_entries,
 )
 from torchsnapshot.errors import FormatError, NewerFormatError
 from torchsnapshot.grid import Box, num_pieces, whole
+from torchsnapshot.placements import Placement, Sharding
 from torchsnapshot.store import bounded
 from torchsnapshot.store.envelope import pack_manifest
 
@@ -292,6 +299,186 @@ def test_nesting_is_bounded() -> None:
     assert len(unpack_entries(pack_entries(deep(MAX_DEPTH)))) == MAX_DEPTH + 1
     with pytest.raises(ValueError, match="nested deeper"):
         pack_entries(deep(MAX_DEPTH + 1))
+
+
+# --- trees of many ranks
+
+
+@given(trees(), st.data())
+@settings(deadline=None)
+def test_the_trees_of_all_ranks_come_back(tree: dict[str, Entry], data: st.DataObject) -> None:
+    """Trees that are alike, that differ in leaves, structure or app_state keys, or altogether come back."""
+    base = {path.partition("/")[2]: entry for path, entry in tree.items() if path.startswith("0/")}
+    by_rank: dict[int, dict[str, Entry]] = {0: base}
+    for rank in range(1, 5):
+        mine = dict(base)
+        for path in data.draw(st.lists(st.sampled_from(sorted(base)), max_size=3, unique=True)) if base else ():
+            entry = mine.get(path)
+            if entry is None:
+                continue
+            below = [other for other in mine if other.startswith(f"{path}/")]
+            if isinstance(entry, ContainerEntry) and "/" in path and not data.draw(st.booleans()):
+                # one key more: the container changes, and all below it stands there again
+                more = ContainerEntry(entry.kind, (*entry.keys, "more than before"), entry.extra)
+                if component_of(more.keys)[:-1] == component_of(entry.keys):
+                    mine[path] = more
+                    mine[f"{path}/more than before"] = LEAF
+                continue
+            for other in below:
+                del mine[other]
+            if "/" not in path and data.draw(st.booleans()):
+                del mine[path]
+            else:
+                mine[path] = data.draw(leaves())
+        if data.draw(st.booleans()):
+            mine[f"new {rank}"] = data.draw(leaves())
+        by_rank[rank * 3] = mine
+    data_of_all = pack_trees(by_rank)
+    section = EntriesSection(data_of_all)
+    assert section.ranks == sorted(by_rank)
+    for rank, mine in by_rank.items():
+        assert section.entries_of(rank) == mine
+    for path in base:
+        everywhere = [mine.get(path) for mine in by_rank.values()]
+        is_shared = all(entry == everywhere[0] for entry in everywhere)
+        found = section.shared(path)
+        # a place below one that was written anew is not looked into
+        assert found is None or (is_shared and found == base[path])
+        if is_shared and all(mine == base for mine in by_rank.values()):
+            assert found is not None
+    assert set(read_format.read_entries(data_of_all)) == set(section.all_entries())
+
+
+def tree_of_rank(rank: int) -> dict[str, Entry]:
+    """A job's tree: replicas, a sharded tensor, and a leaf of the rank's own."""
+    sharding = Sharding((4,), (0, 1, 2, 3), (Placement(0),))
+    columns = span_columns([Span(region, 0, 1) for region in range(4)])
+    return {
+        "model": ContainerEntry("dict", ("a", "b")),
+        "model/a": ShardedTensorEntry("float32", (8,), (8,), sharding, *columns, "parameter", True, 32),
+        "model/b": ValueEntry(b"\x01", None, 1),
+        "rng": ValueEntry(bytes([rank]), None, 1),
+    }
+
+
+def test_what_ranks_share_is_one_entry() -> None:
+    """A replicated leaf and a sharded tensor are stored once, are one object for all ranks, and are known as shared."""
+    section = EntriesSection(pack_trees({rank: tree_of_rank(rank) for rank in range(4)}))
+    assert len(section.sharded) == 1
+    for path in ("model/a", "model/b"):
+        found = section.shared(path)
+        assert found is not None
+        assert all(section.entries_of(rank)[path] is found for rank in range(4))
+    assert section.shared("model") == tree_of_rank(0)["model"]
+    assert section.shared("rng") is None
+    assert section.shared("nothing") is None
+    with pytest.raises(KeyError):
+        section.entries_of(4)
+
+
+def test_ranks_of_different_structure_share_too() -> None:
+    """Stages of a pipeline have trees of their own; what is equal in all of them counts as shared all the same."""
+    first = {**tree_of_rank(0), **{f"stage 0 {index}": LEAF for index in range(9)}}
+    second = {**tree_of_rank(0), **{f"stage 1 {index}": LEAF for index in range(9)}}
+    section = EntriesSection(pack_trees({0: first, 1: second, 2: {**second, "rng": LEAF}}))
+    assert len(section.sharded) == 1
+    assert section.entries_of(0)["model/a"] is section.entries_of(1)["model/a"]
+    assert section.shared("model/a") is not None
+    assert section.shared("model/b") is not None
+    assert section.shared("rng") is None
+    assert section.shared("stage 1 0") is None
+
+
+def test_tensors_on_other_meshes_stay_apart() -> None:
+    """The same path on disjoint meshes is several tensors, of equal shape or not."""
+
+    def stage(ranks: tuple[int, int], row: int) -> dict[str, Entry]:
+        sharding = Sharding((2,), ranks, (Placement(0),))
+        columns = span_columns([Span(rank, row, 1) for rank in ranks])
+        return {"optim": ShardedTensorEntry("float32", (8,), (8,), sharding, *columns, "tensor", False, 32)}
+
+    section = EntriesSection(
+        pack_trees({0: stage((0, 1), 0), 1: stage((0, 1), 0), 2: stage((2, 3), 0), 3: stage((2, 3), 0)})
+    )
+    assert len(section.sharded) == 2
+    assert len({entry.identity for entry in section.sharded}) == 2
+    found = [section.entries_of(rank)["optim"] for rank in range(4)]
+    assert found[0] is found[1]
+    assert found[2] is found[3]
+    assert found[0] != found[2]
+    assert section.shared("optim") is None
+
+
+def test_a_rank_has_one_tree() -> None:
+    """Adding a rank twice, or none, is refused."""
+    builder = EntriesBuilder()
+    builder.add([0, 2], tree_of_rank(0))
+    for ranks in ([2], [], [-1], [1_000_000_000]):
+        with pytest.raises(ValueError, match="rank"):
+            builder.add(ranks, tree_of_rank(0))
+    assert EntriesSection(builder.build()).ranks == [0, 2]
+
+
+def test_keys_types_tell_containers_apart() -> None:
+    """Containers that Python calls equal, of keys 1 and True, are not taken for one."""
+    one: dict[str, Entry] = {"a": ContainerEntry("dict", (1,)), "a/1": LEAF, "b": LEAF, "c": LEAF}
+    true: dict[str, Entry] = {"a": ContainerEntry("dict", (True,)), "a/True": LEAF, "b": LEAF, "c": LEAF}
+    section = EntriesSection(pack_trees({0: one, 1: true}))
+    assert list(section.entries_of(1)) == ["a", "a/True", "b", "c"]
+    assert section.shared("a") is None
+    assert section.shared("b") == LEAF
+
+
+def test_many_regions_are_small() -> None:
+    """1,000 ranks and 100 sharded tensors: 10 bytes for a region, and a few for a rank."""
+    num_ranks, num_tensors = 1000, 100
+    mesh = tuple(range(num_ranks))
+    tensors: dict[str, Entry] = {}
+    for index in range(num_tensors):
+        columns = span_columns([Span(rank, index, 1) for rank in mesh])
+        sharding = Sharding((num_ranks,), mesh, (Placement(0),))
+        tensors[f"model/{index}"] = ShardedTensorEntry(
+            "float32", (num_ranks, 1024), (1, 1024), sharding, *columns, "parameter", True, num_ranks << 12
+        )
+    builder = EntriesBuilder()
+    root = ContainerEntry("list", tuple(range(num_tensors)))
+    for rank in range(num_ranks):
+        builder.add([rank], {"model": root, **tensors, "rng": ValueEntry(b"\xcd" + rank.to_bytes(2, "big"), None, 3)})
+    data = builder.build()
+    assert len(data) < 10 * num_ranks * num_tensors
+    section = EntriesSection(data)
+    assert section.entries_of(999)["rng"] == ValueEntry(b"\xcd\x03\xe7", None, 3)
+    assert section.entries_of(999)["model/7"] == tensors["model/7"]
+
+
+def test_manifests_give_ranks_apart() -> None:
+    """A manifest gives each rank's entries by path without rank, and what all have in common."""
+    stored = StoredManifest(manifest(), no_tables)
+    assert stored.ranks == [0, 1]
+    for rank in (0, 1):
+        expected = {path[2:]: entry for path, entry in entries().items() if path.startswith(f"{rank}/")}
+        assert stored.entries_of(rank) == expected
+    assert stored.shared("optim/moment") == entries()["0/optim/moment"]
+    assert stored.shared("extra") is None
+    assert stored.shared("model") is None
+
+
+@pytest.mark.parametrize(
+    ("columns", "nbytes", "message"),
+    [
+        (span_columns([Span(1, 1, 1), Span(0, 2, 1)]), 4096, "table that is not there"),
+        (span_columns([Span(0, 99, 1), Span(0, 2, 1)]), 4096, "outside the chunk tables"),
+        (span_columns([Span(0, 1, 1), Span(0, 2, 1)]), 4095, "has 4095 bytes, its chunks 4096"),
+    ],
+)
+def test_sharded_sizes_are_compared_with_the_chunks(columns: tuple[bytes, bytes], nbytes: int, message: str) -> None:
+    """A sharded tensor whose regions' chunks are not there, or do not add up, is refused."""
+    sound = entries()["0/optim/moment"]
+    assert isinstance(sound, ShardedTensorEntry)
+    changed = replace(sound, tables=columns[0], firsts=columns[1], nbytes=nbytes)
+    data = pack_manifest(head(), (table_of(*refs()),), pack_entries({"0/a": changed}))
+    with pytest.raises(FormatError, match=message):
+        StoredManifest(data, no_tables).entries_of(0)
 
 
 # --- versions

@@ -23,26 +23,27 @@ MAX_FUNCTION_LINES = 60
 
 LAYERS = [
     # 0: names, rules and values that everything may use; no store, no tensor
-    """errors event grid knobs progress rss_profiler stats version store store.backend store.bounded store.clock
+    """errors event pauses grid knobs progress rss_profiler stats version store store.backend store.bounded store.clock
     store.keys store.mounts store.parallel store.processes store.turns""",
     # 1: what holds bytes, and what turns bytes into bytes
-    """event_handlers buffers encoded planes codecs engine meter background messages links store.durable_names store.filesystems
-    store.gcs_files store.local store.local_errors store.locate store.memory store.other_files store.posix
-    store.remote store.remote_errors store.remote_files store.s3_files store.container store.tables store.envelope
-    store.records store.walk""",
+    """event_handlers buffers encoded planes codecs engine meter staging background messages links store.durable_names
+    store.filesystems store.gcs_files store.local store.local_errors store.locate store.memory store.other_files
+    store.posix store.remote store.remote_errors store.remote_files store.s3_files store.container store.tables
+    store.envelope store.records store.walk""",
     # 2: what a store holds and its protocol; what an entry is; plain values
-    """atoms dtypes entries entry_builder entry_bytes entry_kinds entry_section entry_shardings kinds layout ownership
-    placements values stateful collectives coordinator distributed members sessions
-    store.check store.commit store.config store.evidence store.gc store.gcplan store.housekeeping
+    """atoms dtypes entries entry_builder entry_bytes entry_kinds entry_section entry_shardings kinds layout mesh_cells
+    ownership placements stages elastic replicas wrappers values stateful collectives coordinator distributed
+    members sessions store.check store.commit store.config store.evidence store.gc store.gcplan store.housekeeping
     store.index store.known store.leases store.liveness store.repository store.retention store.roots store.usage""",
     # 3: tensors and states, cut and put together; chunks as stored bytes
-    """bases chunk_coder chunk_reader chunks composites diff flatten host_views live_state manifest manifest_utils manifest_view
-    resharding sharded tensors""",
+    """bases chunk_coder chunk_reader chunks composites diff flatten host_views live_state manifest manifest_utils
+    manifest_view resharding sharded tensors""",
     # 4: the jobs: plan, take, restore, verify, copy
-    """app_state copy history loading opening parts plan read_jobs read_object reading repack restore selection take
-    take_jobs targets verify""",
+    """agreement app_state assembly group_decisions group_jobs group_take verdict copy history loading opening parts
+    plan read_jobs read_object reading repack restore selection take structure take_jobs targets verify""",
     # 5: the front door from Python
-    """snapshot maintenance adapters adapters.ddp adapters.fsdp tricks tricks.ddp tricks.fsdp test_utils""",
+    """snapshot in_flight maintenance adapters adapters.ddp adapters.fsdp adapters.model_state tricks tricks.ddp
+    tricks.fsdp test_utils""",
     # 6: the names of the package; the command line
     """__init__ __main__ cli cli.care cli.look cli.options cli.output""",
 ]
@@ -61,6 +62,7 @@ PURE = [
     "entry_section",
     "entry_shardings",
     "grid",
+    "mesh_cells",
     "ownership",
     "placements",
     "plan",

@@ -315,7 +315,7 @@ DTENSORS = {
         (DTENSORS["both"], {"sharded", "replicated", "partially_replicated"}),
         (DTENSORS["replicated"], {"replicated", "fully_replicated"}),
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__ if isinstance(value, Entry) else "-".join(sorted(value)),
 )
 def test_questions_about_entries(entry: Entry, answers: set[str]) -> None:
     """Each question has the answer that the entry's kind implies."""

@@ -16,12 +16,12 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from torchsnapshot import grid
 from torchsnapshot.grid import Box
+from torchsnapshot.mesh_cells import cell_for
 from torchsnapshot.placements import (
     MAX_BOXES,
     REPLICATE,
     Placement,
     Sharding,
-    cell_for,
     is_nesting_the_same,
     nested_order,
 )
@@ -118,7 +118,8 @@ def test_regions_cover_the_tensor_once(case: tuple[tuple[int, ...], Sharding]) -
     for position in range(sharding.num_positions):
         held.setdefault(sharding.region_of(position), []).append(position)
         assert sharding.boxes_at(shape, position) == regions[sharding.region_of(position)]
-    assert {region: sharding.ranks_of(region) for region in range(sharding.num_regions)} == held
+    assert dict(enumerate(sharding.holders())) == held
+    assert [sharding.ranks_of(region) for region in held] == [held[region] for region in held]
 
 
 @st.composite
@@ -201,7 +202,7 @@ def test_positions_are_found_by_rank() -> None:
     """A mesh may name any ranks in any order."""
     sharding = Sharding((2, 2), (6, 4, 7, 5), (Placement(0), REPLICATE))
     assert [sharding.position_of(rank) for rank in (4, 5, 6, 7, 0)] == [1, 3, 0, 2, None]
-    assert sharding.ranks_of(1) == [7, 5]
+    assert sharding.holders() == [[6, 4], [7, 5]]
 
 
 def test_boxes_may_be_written_down() -> None:

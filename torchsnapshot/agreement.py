@@ -3,9 +3,9 @@
 What lives here: the sums of leaves in the *exchange* round, and the decision which rank reports which leaf. What
 doesn't: who writes which content (``ownership``), how messages travel (``distributed``).
 
-A leaf's *sum* is one digest over everything that its entry will say. Ranks whose leaves at one path have equal sums hold
-a replica, whether or not anybody said so: rank 0 reports it for all. Holders of one region of a sharded tensor must have
-equal sums; the first of them reports it. Leaves that were declared replicated must be equal on all ranks.
+A leaf's *sum* is one digest over everything that its entry will say. Ranks whose leaves at one path have equal sums
+hold a replica, whether or not anybody said so: rank 0 reports it for all. Holders of one region of a sharded tensor
+must have equal sums; the first of them reports it. Leaves that were declared replicated must be equal on all ranks.
 
 Invariant: every leaf is reported by exactly one rank, or by every rank that has it for itself, or it is a conflict.
 """
@@ -82,6 +82,17 @@ def sum_of(leaf: Leaf, *, declared: bool) -> LeafSum:
     for chunk in leaf.chunks:
         content.update(chunk.digest)
     return LeafSum(xxhash.xxh3_64_digest(repr(place).encode()), content.digest(), holding)
+
+
+def may_have_other_holders(leaf: Leaf) -> bool:
+    """Whether another rank may hold the same leaf, so that its sum has to be told.
+
+    A part of a tensor that no dimension of its mesh replicates is on this rank only.
+    """
+    if not isinstance(leaf.node, ShardedLeaf):
+        return True
+    sharding = leaf.node.source.sharding
+    return sharding.num_regions < sharding.num_positions
 
 
 def pack_sums(sums: Iterable[LeafSum]) -> bytes:

@@ -5,8 +5,8 @@ tensors once for their mesh, chunk tables side by side. What doesn't: who report
 written (``entries``), the commit (``group_take``).
 
 Ranks whose trees have the same structure send the same bytes, which are read once: what differs between them, small
-values of their own, stands beside the tree. In a report a sharded tensor's columns name the reporting rank's own row for
-every region; which region that is, is known here from the sharding.
+values of their own, stands beside the tree. In a report a sharded tensor's columns name the reporting rank's own row
+for every region; which region that is, is known here from the sharding.
 
 Invariant: in the manifest each rank's tree is whole, and every region of every sharded tensor has its chunks; a region
 that nobody reported is an error that names path and ranks.
@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 
 from torchsnapshot.agreement import Duty
 from torchsnapshot.entries import (
+    USER_METADATA,
     EntriesBuilder,
     Entry,
     OpaqueEntry,
@@ -34,6 +35,7 @@ from torchsnapshot.errors import SnapshotError
 from torchsnapshot.flatten import ShardedLeaf
 from torchsnapshot.plan import Leaf, TakePlan, add_rows, entry_of
 from torchsnapshot.store.envelope import ChunkTable, ChunkTableBuilder
+from torchsnapshot.values import encode
 
 _REPLICATED = "%replicated"
 """The type name of what stands in a report for a leaf that rank 0 reports. No class has such a name."""
@@ -119,9 +121,11 @@ class Assembler:
 
     Args:
         global_ranks: for each rank of the take its global rank: shardings speak of these.
+        user_metadata: where it is too large for the manifest's head.
     """
 
     global_ranks: Sequence[int]
+    user_metadata: Mapping[str, object] | None = None
     _tables: list[ChunkTable] = field(default_factory=list)
     _trees: list[Tree] = field(default_factory=list)
     _read: dict[bytes, Tree] = field(default_factory=dict)
@@ -151,6 +155,10 @@ class Assembler:
 
     def _add_region(self, rank: int, path: str, entry: ShardedTensorEntry, *, is_reported: bool) -> None:
         parts = self._sharded.setdefault((path, entry.identity), _ShardedParts(entry))
+        if (entry.sharding, entry.cell) != (parts.entry.sharding, parts.entry.cell):
+            raise SnapshotError(
+                f"{path}: rank {rank} says that it is spread, or cut, in another way than other ranks say"
+            )
         position = entry.sharding.position_of(self.global_ranks[rank])
         if position is None or not is_reported:
             return
@@ -165,11 +173,16 @@ class Assembler:
         Raises:
             SnapshotError: a region of a sharded tensor was reported by nobody.
         """
+        beside: Tree = {}
+        if self.user_metadata is not None:
+            data = encode(dict(self.user_metadata))
+            beside[USER_METADATA] = ValueEntry(data, None, len(data))
         first = {path: self._complete(path, entry) for path, entry in self._trees[0].items()}
         builder = EntriesBuilder()
-        builder.add([0], first)
+        builder.add([0], first | beside)
         for rank, tree in enumerate(self._trees[1:], start=1):
-            whole: Tree = {}
+            # what all ranks have is written once
+            whole: Tree = dict(beside)
             for path, entry in tree.items():
                 is_stand_in = isinstance(entry, OpaqueEntry) and entry.type_name == _REPLICATED
                 whole[path] = first[path] if is_stand_in else self._complete(path, entry)

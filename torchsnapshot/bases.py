@@ -97,15 +97,14 @@ class Bases:
         """A take begins; from now on the copies may take ``budget`` bytes of memory, those in use aside."""
         with self._lock:
             self._take += 1
-            self._budget = budget
-            excess = self._held_nbytes - budget
-            while excess > 0 and self._copies:
-                digest, copy = next(iter(self._copies.items()))
-                excess -= copy.buffer.nbytes
-                self._drop(digest)
+            self._shrink(budget)
             # memory that a renewed base leaves is what the new one takes
             self._pool.keep(budget)
-            self._pool.trim(budget - self._held_nbytes)
+
+    def free_copies(self) -> None:
+        """Free all copies; the next take may make new ones."""
+        with self._lock:
+            self._shrink(0)
 
     def holds(self, ref: ChunkRef) -> bool:
         """Whether memory holds a copy of this chunk."""
@@ -208,6 +207,15 @@ class Bases:
             self._drop(digest)
         return self._held_nbytes + nbytes <= self._budget
 
+    def _shrink(self, budget: int) -> None:
+        self._budget = budget
+        excess = self._held_nbytes - budget
+        while excess > 0 and self._copies:
+            digest, copy = next(iter(self._copies.items()))
+            excess -= copy.buffer.nbytes
+            self._drop(digest)
+        self._pool.trim(budget - self._held_nbytes)
+
     def _use(self, digest: bytes, copy: _Copy) -> None:
         copy.used_in = self._take
         self._copies.move_to_end(digest)
@@ -227,7 +235,13 @@ _bases: dict[str, Bases] = {}
 
 
 def bases_of(store_id: str) -> Bases:
-    """What this process holds for the store."""
+    """What this process holds for the store that it takes into now.
+
+    The budget is the process's: copies for other stores are freed.
+    """
+    for other, kept in list(_bases.items()):
+        if other != store_id:
+            kept.free_copies()
     return _bases.setdefault(store_id, Bases())
 
 

@@ -20,8 +20,7 @@ import mmap
 import os
 import threading
 import weakref
-
-import torch
+from collections.abc import Callable, Mapping
 
 from torchsnapshot.store.backend import PAGE_NBYTES
 
@@ -30,8 +29,6 @@ DEFAULT_KEEP_NBYTES = 256 << 20
 
 HUGE_PAGE_NBYTES = 2 << 20
 """Mappings of at least this size begin on a multiple of it, so that the kernel can back all of them with huge pages."""
-
-_PREFAULT_TILE_NBYTES = 16 << 10  # below the intra-op grain of torch: no threads of its own
 
 _mappings: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 
@@ -119,7 +116,7 @@ class BufferPool:
 
     Args:
         keep_nbytes: how much memory, lent and free together, the pool holds on to; what goes beyond is unmapped as it
-            comes back. ``keep`` raises it.
+            comes back. ``keep`` raises it, ``limit`` lowers it.
     """
 
     def __init__(self, keep_nbytes: int = DEFAULT_KEEP_NBYTES) -> None:
@@ -149,6 +146,12 @@ class BufferPool:
         """Hold on to at least ``nbytes`` bytes from now on."""
         with self._lock:
             self._keep_nbytes = max(self._keep_nbytes, nbytes)
+
+    def limit(self, nbytes: int) -> None:
+        """Hold on to at most ``nbytes`` bytes from now on, or to what every pool keeps."""
+        with self._lock:
+            self._keep_nbytes = min(self._keep_nbytes, max(nbytes, DEFAULT_KEEP_NBYTES))
+            self._shrink_free(self._keep_nbytes - self._lent_nbytes)
 
     def acquire(self, nbytes: int) -> Buffer:
         """A buffer of at least ``nbytes`` bytes, of ``size_class(nbytes)`` to be exact.
@@ -186,23 +189,57 @@ class BufferPool:
             self._free_nbytes += buffer.nbytes
             self._shrink_free(self._keep_nbytes - self._lent_nbytes)
 
-    def prefault(self, nbytes: int, count: int) -> None:
-        """Make sure that ``count`` free buffers of ``nbytes`` exist and that their pages are backed by memory.
+    def warm_nbytes(self, wanted: Mapping[int, int]) -> int:
+        """How much of what is wanted waits here: mapped, and touched by whoever had it before.
 
-        Meant for a background thread before the first large take; it raises what the pool keeps to what that needs.
+        Args:
+            wanted: how many buffers of each ``size_class``.
         """
-        lent = [self.acquire(nbytes) for _ in range(count)]
-        self.keep(self._lent_nbytes)
-        for buffer in lent:
-            memory = torch.frombuffer(buffer.memory(), dtype=torch.uint8)
-            for start in range(0, buffer.nbytes, _PREFAULT_TILE_NBYTES):
-                memory[start : start + _PREFAULT_TILE_NBYTES].zero_()
-            buffer.release()
+        with self._lock:
+            return sum(size * min(count, len(self._free.get(size, ()))) for size, count in wanted.items())
+
+    def prefault(self, wanted: Mapping[int, int], goes_on: Callable[[], bool] = lambda: True) -> None:
+        """Map free buffers until as many as are wanted wait here, and make sure that memory backs their pages.
+
+        Meant for a background thread; it raises what the pool keeps to what that needs.
+
+        Args:
+            wanted: how many buffers of each ``size_class``.
+            goes_on: asked before each 2 MiB; when it says no, what has not been touched yet is unmapped.
+        """
+        self.check_process()
+        self.keep(self._lent_nbytes + sum(size * count for size, count in wanted.items()))
+        for size, count in wanted.items():
+            while len(self._free.get(size, ())) < count:
+                if not goes_on():
+                    return
+                memory = map_pages(size)
+                for start in range(0, memory.nbytes, HUGE_PAGE_NBYTES):
+                    if not goes_on():
+                        return
+                    # without the interpreter's lock, and without torch's threads
+                    nbytes = min(HUGE_PAGE_NBYTES, memory.nbytes - start)
+                    ctypes.memset(address_of(memory[start:]), 0, nbytes)
+                with self._lock:
+                    self._drop_surplus(size, wanted)
+                    if self._lent_nbytes + self._free_nbytes + size > self._keep_nbytes:
+                        return
+                    self._free.setdefault(size, []).append(memory)
+                    self._free_nbytes += size
 
     def trim(self, nbytes: int = 0) -> None:
         """Unmap free buffers until at most ``nbytes`` bytes of them are left."""
         with self._lock:
             self._shrink_free(nbytes)
+
+    def _drop_surplus(self, nbytes: int, wanted: Mapping[int, int]) -> None:
+        """Make room for ``nbytes`` more by unmapping free buffers of sizes that are not wanted so often."""
+        for size, free in self._free.items():
+            while len(free) > wanted.get(size, 0):
+                if self._lent_nbytes + self._free_nbytes + nbytes <= self._keep_nbytes:
+                    return
+                free.pop()
+                self._free_nbytes -= size
 
     def _shrink_free(self, target_nbytes: int) -> None:
         while self._free_nbytes > max(target_nbytes, 0):

@@ -10,11 +10,11 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
 from torchsnapshot.errors import FormatError
-from torchsnapshot.links import MAX_PART_NBYTES, Client, KeyValueStore, part_keys, parts
+from torchsnapshot.links import MAX_PART_NBYTES, Client, Connections, part_keys, parts
 from torchsnapshot.members import CLOSED_DOOR, Peer, StoreSession
 from torchsnapshot.messages import (
     CoordinationLost,
@@ -43,11 +43,11 @@ class CoordinatorSession(StoreSession):
     def __init__(
         self,
         global_ranks: Sequence[int],
-        connect: Callable[[], KeyValueStore],
+        connections: Connections,
         group_name: str,
         limits: Limits,
     ) -> None:
-        super().__init__(0, global_ranks, connect, group_name, limits)
+        super().__init__(0, global_ranks, connections, group_name, limits)
         self._base = f"ts/{os.urandom(9).hex()}"
         self._peers = {rank: Peer(looked=time.monotonic()) for rank in range(1, self.world_size)}
         self._open_welcomes: set[str] = set()

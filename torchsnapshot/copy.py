@@ -104,11 +104,13 @@ class _Copying:
         refs = {content: ref for content, ref in found.items() if ref is not None}
         missing = [ref for content, ref in wanted.items() if content not in refs]
         self.progress.start("copying", sum(ref.nbytes for ref in missing))
-        jobs = [_CopyJob(group, self, refs) for group in _groups(missing)]
+        # as a take there would: what is smaller shares a blob
+        small_nbytes = min(SMALL_CHUNK_NBYTES, self._target.chunk_nbytes)
+        jobs = [_CopyJob(group, self, refs, small_nbytes) for group in _groups(missing, small_nbytes)]
         if jobs:
             submit(
                 jobs,
-                num_workers=max(knobs.get_num_threads(), self._target.backend.concurrency),
+                num_workers=knobs.get_num_workers(self._target.backend.concurrency),
                 budget=knobs.get_memory_budget_bytes(),
             ).wait()
         self.progress.finish()
@@ -128,8 +130,11 @@ class _Copying:
 class _CopyJob:
     """Carries one large chunk, or a group of small ones."""
 
-    def __init__(self, group: list[ChunkRef], copying: _Copying, refs: dict[Content, ChunkRef]) -> None:
+    def __init__(
+        self, group: list[ChunkRef], copying: _Copying, refs: dict[Content, ChunkRef], small_nbytes: int
+    ) -> None:
         self.nbytes = sum(ref.nbytes for ref in group)
+        self._is_alone = len(group) == 1 and group[0].nbytes >= small_nbytes
         self._group = group
         self._copying = copying
         self._refs = refs
@@ -154,7 +159,7 @@ class _CopyJob:
             offset += ref.nbytes
         for is_raw, chunks in members.items():
             writer = self._copying.raw if is_raw else self._copying.encoded
-            if len(self._group) == 1 and self._group[0].nbytes >= SMALL_CHUNK_NBYTES:
+            if self._is_alone:
                 put = [writer.put_chunk(raw, digest, width) for digest, raw, width in chunks]
             else:
                 put = writer.put_pack(chunks) if chunks else []
@@ -162,12 +167,12 @@ class _CopyJob:
         self._copying.progress.advance(self.nbytes)
 
 
-def _groups(refs: Iterable[ChunkRef]) -> Iterator[list[ChunkRef]]:
+def _groups(refs: Iterable[ChunkRef], small_nbytes: int) -> Iterator[list[ChunkRef]]:
     """Large chunks alone, small ones together."""
     group: list[ChunkRef] = []
     nbytes = 0
     for ref in refs:
-        if ref.nbytes >= SMALL_CHUNK_NBYTES:
+        if ref.nbytes >= small_nbytes:
             yield [ref]
             continue
         if group and nbytes + ref.nbytes > GROUP_NBYTES:

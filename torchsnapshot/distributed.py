@@ -17,16 +17,19 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 
 from torchsnapshot.collectives import CollectiveSession
 from torchsnapshot.coordinator import CoordinatorSession
-from torchsnapshot.links import KeyValueStore
+from torchsnapshot.errors import RankError
+from torchsnapshot.links import Connections, KeyValueStore
 from torchsnapshot.members import MemberSession
 from torchsnapshot.sessions import Limits, Session, SoloSession
 
@@ -35,10 +38,24 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+ENTRY_SECONDS = 600.0
+"""How long a take waits for ranks that have not called it yet: one may still be evaluating. Once in, ranks give signs
+of life, and ``Limits.silence`` counts."""
+
 _c10d: Any = dist
 """Its types name no stores, and some builds of torch have none."""
 
+_connections: WeakKeyDictionary[ProcessGroup, Connections | None] = WeakKeyDictionary()
+_lock = threading.Lock()
 _warned = False
+
+
+def _reset_in_child() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_reset_in_child)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +82,13 @@ class Group:
         """
         return self._open()
 
+    def fail(self, error: Exception) -> BaseException:
+        """Enter a session only to end it on every rank, because this rank cannot take part; returns what to raise."""
+        try:
+            return self.session().fail(error)
+        except RankError as other:
+            return other
+
 
 def group_of(pg: ProcessGroup | None = None, limits: Limits | None = None) -> Group:
     """The group that a process group's ranks form.
@@ -86,7 +110,7 @@ def group_of(pg: ProcessGroup | None = None, limits: Limits | None = None) -> Gr
         raise ValueError(f"this process is not a member of the process group {pg!r}")
     if pg.size() == 1:
         return _alone(_global_ranks(pg))
-    return _several(pg, limits or Limits())
+    return _several(pg, limits or Limits(entry=ENTRY_SECONDS))
 
 
 def _alone(global_ranks: tuple[int, ...] = (0,)) -> Group:
@@ -95,8 +119,8 @@ def _alone(global_ranks: tuple[int, ...] = (0,)) -> Group:
 
 def _several(pg: ProcessGroup, limits: Limits) -> Group:
     rank, world_size, global_ranks = pg.rank(), pg.size(), _global_ranks(pg)
-    connect = connector(store_of(pg))
-    if connect is None:
+    connections = _connections_of(pg)
+    if connections is None:
         _warn_once(rank)
         device = _device_of(pg)
         return Group(
@@ -109,15 +133,23 @@ def _several(pg: ProcessGroup, limits: Limits) -> Group:
             world_size,
             global_ranks,
             background=True,
-            _open=lambda: CoordinatorSession(global_ranks, connect, name, limits),
+            _open=lambda: CoordinatorSession(global_ranks, connections, name, limits),
         )
     return Group(
         rank,
         world_size,
         global_ranks,
         background=True,
-        _open=lambda: MemberSession(rank, global_ranks, connect, name, limits),
+        _open=lambda: MemberSession(rank, global_ranks, connections, name, limits),
     )
+
+
+def _connections_of(pg: ProcessGroup) -> Connections | None:
+    with _lock:
+        if pg not in _connections:
+            connect = connector(store_of(pg))
+            _connections[pg] = None if connect is None else Connections(connect)
+        return _connections[pg]
 
 
 def _warn_once(rank: int) -> None:

@@ -29,8 +29,8 @@ import itertools
 import os
 import sys
 import threading
-from collections import deque
-from collections.abc import Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError
 from enum import Enum
 from time import monotonic
@@ -85,6 +85,7 @@ class Run:
         self._staged: deque[tuple[Job, Buffer | None]] = deque()
         self._num_staging = 0
         self._lent_nbytes = 0
+        self._num_kept: Counter[int] = Counter()
         self._live_workers = 0
         self._stopping = False
         self._error: BaseException | None = None
@@ -98,6 +99,11 @@ class Run:
     def error(self) -> BaseException | None:
         """The first error so far; ``CancelledError`` where nothing but ``cancel`` stopped the run."""
         return self._error
+
+    @property
+    def staged_buffers(self) -> Mapping[int, int]:
+        """How many staged jobs kept a buffer of each size class, in a ``STAGE_FIRST`` run."""
+        return self._num_kept
 
     def cancel(self) -> None:
         """Begin no further step. Returns at once; steps that run already come to their end."""
@@ -227,7 +233,7 @@ class Run:
                 continue
             if not lowered and self._all_staged():
                 lowered = True
-                _lower_priority()
+                lower_priority()
             try:
                 job.finish(buffer)
             finally:
@@ -253,6 +259,8 @@ class Run:
             with self._changed:
                 if not self._stopping:
                     keeps = True
+                    if buffer is not None:
+                        self._num_kept[buffer.nbytes] += 1
                     self._staged.append((job, buffer))
                     self._changed.notify_all()
         finally:
@@ -327,7 +335,8 @@ def submit(
 _run_numbers = itertools.count(1)
 
 
-def _lower_priority() -> None:
+def lower_priority() -> None:
+    """Make the calling thread nicer by ``BACKGROUND_NICENESS``; it can't be undone."""
     # On Linux a thread has its own niceness, under its kernel id; elsewhere the call would name a process
     if sys.platform == "linux":
         thread = threading.get_native_id()

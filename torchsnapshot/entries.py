@@ -62,6 +62,7 @@ __all__ = [
     "ValueEntry",
     "children",
     "component_of",
+    "entries_below",
     "escape",
     "is_entry_path",
     "pack_entries",
@@ -235,3 +236,9 @@ class StoredManifest:
             raise FormatError(f"{self.where}: {path!r:.200} has chunks outside the chunk tables") from error
         if not isinstance(entry, ContainerEntry) and nbytes != entry.nbytes:
             raise FormatError(f"{self.where}: {path!r:.200} has {entry.nbytes} bytes, its chunks {nbytes}")
+
+
+def entries_below(manifest: StoredManifest, path: str, rank: int = 0) -> dict[str, Entry]:
+    """The entries at and below a path, by path without rank."""
+    below = f"{path}/"
+    return {each: entry for each, entry in manifest.entries_of(rank).items() if each == path or each.startswith(below)}

@@ -34,6 +34,7 @@ from torchsnapshot.kinds import (
     safe_class,
     take_apart,
 )
+from torchsnapshot.pauses import collector_paused
 from torchsnapshot.sharded import ShardedSource, describe
 from torchsnapshot.tensors import is_array, wrap, wrapper_of
 from torchsnapshot.values import Branch, Lowering, NotPlain, Special
@@ -93,6 +94,7 @@ class ExpandedValue:
     value: Any
 
 
+@collector_paused()
 def flatten(prefix: str, state: Any, *, on_opaque: OnOpaque) -> dict[str, Node]:
     """Take a state apart.
 

@@ -1,6 +1,6 @@
 """The units of work of a take over several ranks: first hash what lies there, then put what this rank was given.
 
-What lives here: the two kinds of job that the engine carries. What doesn't: what is whose (``ownership``,
+What lives here: the kinds of job that the engine carries. What doesn't: what is whose (``ownership``,
 ``agreement``), the order of the steps (``group_take``).
 
 Invariant: the digest that names a blob is that of the copy that is put, as in ``take_jobs``. Other ranks were told the
@@ -9,7 +9,7 @@ digest of live memory; a copy that differs from it is an error, as what they rel
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from torchsnapshot.buffers import Buffer
 from torchsnapshot.chunk_reader import digest_of
@@ -51,40 +51,71 @@ class HashJob:
 
 
 class PutJob:
-    """Copies and puts chunks that this rank was given: one large one, or a group of small ones as a pack."""
+    """Copies and puts one large chunk that this rank was given.
 
-    def __init__(self, chunks: Sequence[Chunk], writer: ChunkWriter, *, is_pack: bool) -> None:
-        self.nbytes = sum(chunk.nbytes for chunk in chunks)
-        self._chunks = chunks
+    Args:
+        chunk: announced.
+        known: says whether what was there last time may be a base.
+        writer: of the take.
+    """
+
+    def __init__(self, chunk: Chunk, known: Known, writer: ChunkWriter) -> None:
+        self.nbytes = chunk.nbytes
+        self._chunk = chunk
+        self._known = known
         self._writer = writer
-        self._is_pack = is_pack
 
     def stage(self, buffer: Buffer | None) -> bool:
         """Copy."""
         assert buffer is not None
-        memory, offset = buffer.memory(self.nbytes), 0
-        for chunk in self._chunks:
-            chunk.source.stage(chunk.piece.box, memory[offset : offset + chunk.nbytes])
-            offset += chunk.nbytes
+        self._chunk.source.stage(self._chunk.piece.box, buffer.memory(self.nbytes))
+        return True
+
+    def finish(self, buffer: Buffer | None) -> None:
+        """Hash the copy, compare with what was announced, put."""
+        assert buffer is not None
+        chunk, raw, previous = self._chunk, buffer.memory(self.nbytes), None
+        _check(chunk, raw)
+        if self._writer.wants_bases and chunk.previous is not None:
+            previous = self._known.lookup(chunk.previous, chunk.nbytes)
+        chunk.ref = self._writer.put_chunk(raw, chunk.digest, chunk.width, path=chunk.path, previous=previous)
+
+
+class PutPackJob:
+    """Copies and puts a group of small chunks that this rank was given, as one pack."""
+
+    def __init__(self, chunks: Sequence[Chunk], writer: ChunkWriter) -> None:
+        self.nbytes = sum(chunk.nbytes for chunk in chunks)
+        self._chunks = chunks
+        self._writer = writer
+
+    def stage(self, buffer: Buffer | None) -> bool:
+        """Copy."""
+        assert buffer is not None
+        for chunk, raw in self._members(buffer):
+            chunk.source.stage(chunk.piece.box, raw)
         return True
 
     def finish(self, buffer: Buffer | None) -> None:
         """Hash the copies, compare with what was announced, put."""
         assert buffer is not None
-        memory, offset = buffer.memory(self.nbytes), 0
         members = []
-        for chunk in self._chunks:
-            raw = memory[offset : offset + chunk.nbytes]
-            offset += chunk.nbytes
-            if digest_of(raw) != chunk.digest:
-                raise SnapshotError(
-                    f"{chunk.path} changed while the snapshot was being taken: something writes to it from another "
-                    "thread or stream. Nothing was committed; take the snapshot again when nobody does"
-                )
+        for chunk, raw in self._members(buffer):
+            _check(chunk, raw)
             members.append((chunk.digest, raw, chunk.width))
-        if self._is_pack:
-            refs = self._writer.put_pack(members)
-        else:
-            refs = [self._writer.put_chunk(raw, digest, width) for digest, raw, width in members]
-        for chunk, ref in zip(self._chunks, refs, strict=True):
+        for chunk, ref in zip(self._chunks, self._writer.put_pack(members), strict=True):
             chunk.ref = ref
+
+    def _members(self, buffer: Buffer) -> Iterator[tuple[Chunk, memoryview]]:
+        memory, offset = buffer.memory(self.nbytes), 0
+        for chunk in self._chunks:
+            yield chunk, memory[offset : offset + chunk.nbytes]
+            offset += chunk.nbytes
+
+
+def _check(chunk: Chunk, raw: memoryview) -> None:
+    if digest_of(raw) != chunk.digest:
+        raise SnapshotError(
+            f"{chunk.path} changed while the snapshot was being taken: something writes to it from another thread or "
+            "stream. Nothing was committed; take the snapshot again when nobody does"
+        )

@@ -17,8 +17,10 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from torchsnapshot.entries import ContainerEntry, Entry, StoredManifest, TensorEntry, spans_of
+from torchsnapshot.entries import ContainerEntry, Entry, ShardedTensorEntry, StoredManifest, TensorEntry, spans_of
 from torchsnapshot.errors import SnapshotError
+from torchsnapshot.flatten import ShardedLeaf
+from torchsnapshot.pauses import collector_paused
 from torchsnapshot.plan import Leaf, TakePlan
 
 logger = logging.getLogger(__name__)
@@ -53,14 +55,15 @@ class Remembered:
     @classmethod
     def of_manifest(cls, manifest: StoredManifest, rank: int = 0) -> Remembered:
         """What a manifest that was read says about the places of one rank."""
-        prefix = f"{rank}/"
 
         def places() -> dict[str, Place]:
             try:
+                # a rank that the take did not have saw rank 0's
+                entries = manifest.entries_of(rank if rank in manifest.ranks else 0)
                 return {
-                    path[len(prefix) :]: _place_of_entry(manifest, entry)
-                    for path, entry in manifest.entries.items()
-                    if path.startswith(prefix) and not isinstance(entry, ContainerEntry)
+                    path: _place_of_entry(manifest, entry)
+                    for path, entry in entries.items()
+                    if not isinstance(entry, ContainerEntry)
                 }
             except SnapshotError as error:
                 # a hint that cannot be read costs time, not the take
@@ -70,9 +73,15 @@ class Remembered:
         return cls(manifest.head.take_id, places)
 
     @classmethod
+    @collector_paused()
     def of_plan(cls, take_id: str, plan: TakePlan) -> Remembered:
         """What a take that was just committed knows itself, without reading its manifest back."""
-        places = {leaf.path: _place_of_leaf(leaf) for leaf in plan.leaves if leaf.chunks}
+        places = {
+            leaf.path: _place_of_leaf(leaf)
+            for leaf in plan.leaves
+            # the cell counts also where this rank has no element of the tensor
+            if leaf.chunks or isinstance(leaf.node, ShardedLeaf)
+        }
         return cls(take_id, lambda: places)
 
     def at(self, path: str) -> Place | None:
@@ -95,6 +104,9 @@ class Remembered:
 
 
 def _place_of_entry(manifest: StoredManifest, entry: Entry) -> Place:
+    if isinstance(entry, ShardedTensorEntry):
+        # which chunks are those of a rank is known only once it has told how the tensor is spread now
+        return Place(entry.dtype, entry.shape, entry.cell, ())
     digests = [digest for span in spans_of(entry) for digest in manifest.digests(span)]
     if isinstance(entry, TensorEntry):
         return Place(entry.dtype, entry.shape, entry.cell, digests)
@@ -108,6 +120,8 @@ def _place_of_leaf(leaf: Leaf) -> Place:
         if chunk.previous is not None and chunk.ref is not None and chunk.ref.digest != chunk.previous
     )
     digests = [chunk.ref.digest for chunk in leaf.chunks if chunk.ref is not None]
+    if isinstance(leaf.node, ShardedLeaf):
+        return Place(leaf.node.source.dtype, leaf.node.source.shape, leaf.cell, digests, changed)
     if leaf.view is None:
         return Place("", (), (), digests, changed)
     return Place(leaf.view.dtype, leaf.view.shape, leaf.cell, digests, changed)
@@ -121,6 +135,11 @@ _lock = threading.Lock()
 def recall(store_id: str) -> Remembered:
     """What this process remembers for the store; empty at first."""
     return _remembered.get(store_id) or Remembered()
+
+
+def take_ids() -> dict[str, str]:
+    """The takes that this process remembers, by store."""
+    return {store_id: each.take_id for store_id, each in _remembered.items() if each.take_id is not None}
 
 
 def remember(store_id: str, remembered: Remembered) -> None:

@@ -54,6 +54,26 @@ class HostView:
     # whether bytes in memory are the bytes to store, in this order, readable by the host
     _contiguous: bool
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the host can read the bytes to store where they lie, one after the other."""
+        return self._contiguous
+
+    def bare(self) -> HostView:
+        """The same view without memory: what it says of the layout, and ``bind``."""
+        bare = object.__new__(type(self))
+        for name in ("dtype", "shape", "permutation", "memory_shape", "itemsize", "nbytes", "_dims", "_contiguous"):
+            setattr(bare, name, getattr(self, name))
+        return bare
+
+    def bind(self, tensor: Any) -> HostView:
+        """What ``host_view`` would make of a tensor that is like this view's in all but its address.
+
+        Args:
+            tensor: of the same class, dtype, shape, strides and device, as physical as the other one.
+        """
+        raise NotImplementedError
+
     def live(self, offset: int, nbytes: int) -> memoryview | None:
         """The bytes where they lie, without a copy: writing to them writes the tensor.
 
@@ -199,6 +219,26 @@ class _TorchView(HostView):
         self._contiguous = contiguous and self._physical and tensor.is_cpu
         self._memory = tensor if shape else tensor.unsqueeze(0)
         self._ready = _device_event(tensor.device)
+
+    def bare(self) -> HostView:
+        """See ``HostView``."""
+        bare = super().bare()
+        assert isinstance(bare, _TorchView)
+        bare._physical = self._physical
+        return bare
+
+    def bind(self, tensor: torch.Tensor) -> HostView:
+        """See ``HostView``."""
+        view = object.__new__(_TorchView)
+        view.dtype, view.shape, view.permutation = self.dtype, self.shape, self.permutation
+        view.memory_shape, view.itemsize, view.nbytes = self.memory_shape, self.itemsize, self.nbytes
+        view._dims, view._contiguous, view._physical = self._dims, self._contiguous, self._physical
+        tensor = tensor.detach()
+        if self.permutation is not None:
+            tensor = tensor.permute(self.permutation)
+        view._memory = tensor if self.shape else tensor.unsqueeze(0)
+        view._ready = _device_event(tensor.device)
+        return view
 
     def _pointer(self) -> int:
         pointer = self._memory.data_ptr()

@@ -137,21 +137,33 @@ def get_slab_size_threshold_bytes() -> int:
 
 
 def get_memory_budget_bytes() -> int:
-    """Bytes of buffers that a synchronous take or a restore may hold at a time."""
-    return _count(MEMORY_BUDGET) or DEFAULT_MEMORY_BUDGET_NBYTES
+    """Bytes of buffers that a synchronous take or a restore may hold at a time.
+
+    Returns:
+        TORCHSNAPSHOT_PER_RANK_MEMORY_BUDGET_BYTES where it is set. Else 256 MiB, or where that is less this process's
+        share of a quarter of the free memory (at least 64 MiB).
+    """
+    explicit = _count(MEMORY_BUDGET)
+    if explicit is not None:
+        return explicit
+    share = free_memory_nbytes() // 4 // get_local_world_size()
+    return max(MIN_STAGING_NBYTES, min(DEFAULT_MEMORY_BUDGET_NBYTES, share))
 
 
-def get_staging_budget_bytes(state_nbytes: int) -> int:
+def get_staging_budget_bytes(state_nbytes: int, held_nbytes: int = 0) -> int:
     """Bytes of buffers that an asynchronous take may hold: the whole state where that fits, so that it returns at once.
 
     Args:
         state_nbytes: size of the state in bytes.
+        held_nbytes: what this process has taken for buffers already.
 
     Returns:
-        The least of the state and this process's share of a quarter of the free memory (of the machine and of the
-        control group; at least 64 MiB). TORCHSNAPSHOT_PER_RANK_MEMORY_BUDGET_BYTES takes that share's place.
+        The least of the state and this process's share of a quarter of the memory that would be free without its
+        buffers (of the machine and of the control group; at least 64 MiB).
+        TORCHSNAPSHOT_PER_RANK_MEMORY_BUDGET_BYTES takes that share's place.
     """
-    share = _count(MEMORY_BUDGET) or max(free_memory_nbytes() // 4 // get_local_world_size(), MIN_STAGING_NBYTES)
+    free_nbytes = free_memory_nbytes() + held_nbytes
+    share = _count(MEMORY_BUDGET) or max(free_nbytes // 4 // get_local_world_size(), MIN_STAGING_NBYTES)
     return max(1, min(state_nbytes, share))
 
 
@@ -194,6 +206,20 @@ def get_num_threads() -> int:
         return explicit
     share = max(1, available_cores() // get_local_world_size())
     return min(share, _count(IO_CONCURRENCY) or share)
+
+
+def get_num_workers(concurrency: int) -> int:
+    """How many worker threads a run has that waits for a store as well as it computes.
+
+    Args:
+        concurrency: how many requests the store wants in flight from one machine.
+
+    Returns:
+        This rank's share of these requests, or the requests that TORCHSNAPSHOT_MAX_PER_RANK_IO_CONCURRENCY_OVERRIDE
+        allows; not less than ``get_num_threads()``.
+    """
+    requests = _count(IO_CONCURRENCY) or concurrency // get_local_world_size()
+    return max(get_num_threads(), requests)
 
 
 def get_max_per_rank_io_concurrency() -> int:

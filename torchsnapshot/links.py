@@ -14,6 +14,7 @@ Invariants:
 
 from __future__ import annotations
 
+import os
 import queue
 import struct
 import threading
@@ -141,6 +142,38 @@ def _batches(keys: Sequence[str]) -> Iterator[list[str]]:
         yield list(keys[start : start + MAX_KEYS_PER_REQUEST])
 
 
+class Connections:
+    """Connections to one store, kept from session to session.
+
+    A new one costs a reverse name lookup at both ends, at the server's in the thread that serves every rank: where
+    names resolve slowly, connecting for each take would hold up the whole job.
+
+    Args:
+        connect: makes a connection; it may block.
+    """
+
+    def __init__(self, connect: Callable[[], KeyValueStore]) -> None:
+        self._connect = connect
+        self._idle: list[KeyValueStore] = []
+        self._pid = os.getpid()
+
+    def take(self) -> KeyValueStore:
+        """A connection that nobody else uses."""
+        while self._idle and self._pid == os.getpid():
+            store = self._idle.pop()
+            try:
+                store.check(["ts"])
+            except Exception:
+                continue  # it broke while it was idle
+            return store
+        return self._connect()
+
+    def give_back(self, store: KeyValueStore) -> None:
+        """Keep a connection for the next session."""
+        if self._pid == os.getpid():
+            self._idle.append(store)
+
+
 # ------------------------------------------------------------------ the thread
 
 
@@ -166,13 +199,13 @@ class Link:
     """A client of the store in a thread of its own, which also beats.
 
     Args:
-        connect: makes the client; runs in the link's thread, for it may block.
+        connections: where the connection comes from.
         name: the thread's name.
     """
 
-    def __init__(self, connect: Callable[[], KeyValueStore], name: str) -> None:
+    def __init__(self, connections: Connections, name: str) -> None:
         self.stats = CoordinationStats()
-        self._connect = connect
+        self._connections = connections
         self._requests: queue.SimpleQueue[_Request[object] | None] = queue.SimpleQueue()
         self._lost: CoordinationLost | None = None
         self._closed = False
@@ -233,10 +266,11 @@ class Link:
         self._due = time.monotonic() + self._beat_seconds
 
     def _run(self) -> None:
+        client = None
         try:
-            client: Client | None = Client(self._connect(), self.stats)
+            store = self._connections.take()
+            client = Client(store, self.stats)
         except Exception as error:
-            client = None
             self._lost = CoordinationLost(f"the process group's store cannot be reached: {error}")
             self._lost.__cause__ = error
         while True:
@@ -246,11 +280,13 @@ class Link:
                 pass
             else:
                 if request is None:
-                    return
+                    break
                 self._serve(request, client)
                 request = None  # what the request holds must not live until the next one comes
             if client is not None and self._lost is None and time.monotonic() >= self._due:
                 self._beat_or_lose(client)
+        if client is not None and self._lost is None:
+            self._connections.give_back(store)
 
     def _seconds_to_beat(self) -> float | None:
         if self._due == float("inf") or self._lost is not None:

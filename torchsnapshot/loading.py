@@ -13,35 +13,62 @@ from typing import Any
 import torch
 from torch.nn.parameter import is_lazy
 
-from torchsnapshot.entries import ShardedTensorEntry
+from torchsnapshot.dtypes import torch_dtype
+from torchsnapshot.entries import ShardedTensorEntry, TensorEntry, unescape
 from torchsnapshot.errors import PartialRestoreError
+from torchsnapshot.parts import AllocateTensor
 from torchsnapshot.sharded import allocate_like, is_dtensor
-from torchsnapshot.stateful import Stateful
+from torchsnapshot.stateful import HasParameters, Stateful
+
+ParameterOf = Callable[[str], Any]
+"""The parameter that the tensor at a path belongs to; None where it belongs to none."""
 
 
-def allocator(stateful: Stateful, path: str) -> Callable[[str, ShardedTensorEntry], Any]:
-    """What makes the target of a sharded tensor that the object does not have yet.
-
-    An optimizer that has not stepped has no state; what belongs to a parameter is spread like the parameter. For any
-    other object nothing can be made: the function returns None.
+def parameter_finder(stateful: Stateful, path: str) -> ParameterOf:
+    """What says to which parameter a tensor belongs: optimizers, and objects with ``parameter_of``, know that.
 
     Args:
         stateful: the object that is restored.
         path: of its key.
     """
-    parameters: list[Any] = []
+    start = len(path) + 1
     if isinstance(stateful, torch.optim.Optimizer):
         parameters = [parameter for group in stateful.param_groups for parameter in group["params"]]
 
-    def allocate(where: str, entry: ShardedTensorEntry) -> Any:
-        kind, _, rest = where[len(path) + 1 :].partition("/")
-        number = rest.partition("/")[0]
-        if kind != "state" or not number.isdecimal() or int(number) >= len(parameters):
+        def of_number(where: str) -> Any:
+            kind, _, rest = where[start:].partition("/")
+            number = rest.partition("/")[0]
+            is_known = kind == "state" and number.isdecimal() and int(number) < len(parameters)
+            return parameters[int(number)] if is_known else None
+
+        return of_number
+    if isinstance(stateful, HasParameters):
+        return lambda where: stateful.parameter_of([unescape(each) for each in where[start:].split("/")])
+    return lambda where: None
+
+
+def allocator(stateful: Stateful, path: str) -> AllocateTensor:
+    """What makes the target of a tensor that the object does not have yet.
+
+    An optimizer that has not stepped has no state; what belongs to a parameter is spread like the parameter. For
+    anything else nothing can be made: the function returns None. It does so for plain tensors that become plain
+    tensors, too, which need nobody to say how.
+
+    Args:
+        stateful: the object that is restored.
+        path: of its key.
+    """
+    parameter_of = parameter_finder(stateful, path)
+
+    def allocate(where: str, entry: TensorEntry | ShardedTensorEntry) -> Any:
+        parameter = parameter_of(where)
+        if parameter is None or tuple(parameter.shape) != entry.shape:
             return None
-        parameter = parameters[int(number)]
-        if not is_dtensor(parameter) or tuple(parameter.shape) != entry.shape:
+        if is_dtensor(parameter):
+            return allocate_like(parameter, entry.dtype)
+        if isinstance(entry, TensorEntry):
             return None
-        return allocate_like(parameter, entry.dtype)
+        return torch.empty(entry.shape, dtype=torch_dtype(entry.dtype), device=parameter.device)
 
     return allocate
 
@@ -64,7 +91,7 @@ def load(key: str, stateful: Stateful, state: Any, strict: bool) -> None:
         else:
             stateful.load_state_dict(state)
         if isinstance(stateful, torch.optim.Optimizer):
-            _put_back_casts(stateful, state)
+            put_back_casts(stateful, state)
     except Exception as error:
         raise PartialRestoreError(
             f"{key}: {type(stateful).__name__}.load_state_dict failed, after tensors had been written: the target is "
@@ -106,7 +133,7 @@ def _to_assign(module: torch.nn.Module, state: Any) -> Any:
     return assigned
 
 
-def _put_back_casts(optimizer: torch.optim.Optimizer, state: Any) -> None:
+def put_back_casts(optimizer: torch.optim.Optimizer, state: Any) -> None:
     """Put back what ``Optimizer.load_state_dict`` casts to its parameter's dtype: fp32 state of bf16 parameters."""
     if not isinstance(state, Mapping) or not {"param_groups", "state"} <= state.keys():
         return  # an optimizer with a format of its own

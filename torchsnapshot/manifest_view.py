@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torchsnapshot import entries, values
@@ -64,6 +65,46 @@ def view(stored: Mapping[str, entries.Entry], read_value: ReadValue | None = Non
         else:
             manifest[path] = _view_of_container(entry.kind, list(entry.keys))
     return manifest
+
+
+def view_of_ranks(manifest: entries.StoredManifest) -> Manifest:
+    """What the old torchsnapshot would show of a snapshot by several ranks.
+
+    What all ranks hold stands under rank 0 only, as ``replicated``; containers stand under every rank; of a tensor that
+    is spread over ranks each rank has its own regions.
+    """
+    shown: Manifest = {}
+    for rank in manifest.ranks:
+        stored = manifest.entries_of(rank)
+        common = {
+            path
+            for path, entry in stored.items()
+            if (not isinstance(entry, entries.ContainerEntry) or entry.kind in COMPOSITE_KINDS)
+            and manifest.shared(path) is not None
+        }
+        for key, entry in view({f"{rank}/{path}": entry for path, entry in stored.items()}).items():
+            path = key.partition("/")[2]
+            origin = path
+            while origin not in stored:
+                origin = origin.rpartition("/")[0]
+            source = stored[origin]
+            if isinstance(source, entries.ShardedTensorEntry):
+                entry = _with_regions_of(rank, entry, source)
+                if entry.shards:
+                    shown[key] = entry
+            elif origin not in common or isinstance(entry, (DictEntry, ListEntry, OrderedDictEntry)):
+                shown[key] = entry
+            elif rank == manifest.ranks[0]:
+                shown[key] = replace(entry, replicated=True)  # type: ignore[call-arg]
+    return shown
+
+
+def _with_regions_of(rank: int, entry: Entry, source: entries.ShardedTensorEntry) -> DTensorEntry | ShardedTensorEntry:
+    assert isinstance(entry, (DTensorEntry, ShardedTensorEntry))
+    position = source.sharding.position_of(rank)
+    boxes = () if position is None else source.sharding.boxes_at(source.shape, position)
+    own = [(list(box.offsets), list(box.sizes)) for box in boxes]
+    return replace(entry, shards=[shard for shard in entry.shards if (shard.offsets, shard.sizes) in own])
 
 
 def _view_of_composite(path: str, entry: entries.ContainerEntry, stored: Mapping[str, entries.Entry]) -> Entry:

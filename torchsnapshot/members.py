@@ -30,7 +30,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Concatenate, ParamSpec, TypeVar
 
-from torchsnapshot.links import Client, KeyValueStore, Link, part_keys, parts
+from torchsnapshot.links import Client, Connections, Link, part_keys, parts
 from torchsnapshot.messages import (
     CoordinationLost,
     Stage,
@@ -81,7 +81,7 @@ class StoreSession(Session):
     Args:
         rank: this process's rank in the group.
         global_ranks: the global rank of each rank of the group.
-        connect: makes a client of the store for this session alone.
+        connections: to the store; one is this session's alone while it lasts.
         group_name: the same on every rank of the group, and no other group's on this store.
         limits: how long to wait.
     """
@@ -90,7 +90,7 @@ class StoreSession(Session):
         self,
         rank: int,
         global_ranks: Sequence[int],
-        connect: Callable[[], KeyValueStore],
+        connections: Connections,
         group_name: str,
         limits: Limits,
     ) -> None:
@@ -103,7 +103,7 @@ class StoreSession(Session):
         self._status = Status()
         self._over = False
         self._failures: dict[int, str] | None = None  # set by the link's thread
-        self._link = Link(connect, name=f"torchsnapshot-link-{rank}")
+        self._link = Link(connections, name=f"torchsnapshot-link-{rank}")
         self.stats = self._link.stats
 
     def round(self, name: str, value: bytes, decide: Decide) -> bytes:
@@ -187,11 +187,11 @@ class MemberSession(StoreSession):
         self,
         rank: int,
         global_ranks: Sequence[int],
-        connect: Callable[[], KeyValueStore],
+        connections: Connections,
         group_name: str,
         limits: Limits,
     ) -> None:
-        super().__init__(rank, global_ranks, connect, group_name, limits)
+        super().__init__(rank, global_ranks, connections, group_name, limits)
         self._coordinator = Peer(looked=time.monotonic())
         self._reported = False
         self._payload_keys: list[str] = []

@@ -15,11 +15,17 @@ from enum import IntEnum
 from typing import Any
 
 import msgpack
+import zstandard
 
 from torchsnapshot.errors import FormatError, RankError, SnapshotError
 
 MAX_CONTROL_NBYTES = 16 << 20
 """The most that the control part of one value may take; arrays have no limit."""
+
+MAX_ARRAY_NBYTES = 1 << 30
+"""The most that one array may become when it is decompressed."""
+
+_MIN_DICTIONARY_NBYTES = 64
 
 MAX_TRACEBACK_CHARACTERS = 16_000
 MAX_LINE_CHARACTERS = 500
@@ -82,6 +88,37 @@ def unpack(data: bytes | memoryview, num_arrays: int | None = None) -> tuple[Any
         arrays.append(view[position : position + nbytes])
         position += nbytes
     return control, arrays
+
+
+def squeeze(data: bytes | memoryview, known: bytes | memoryview = b"") -> bytes:
+    """Compress what is sent.
+
+    Args:
+        data: what to send.
+        known: what the receiver has already; what is equal to a part of it costs next to nothing.
+    """
+    return zstandard.ZstdCompressor(level=3, dict_data=_dictionary(known)).compress(data)
+
+
+def unsqueeze(data: bytes | memoryview, known: bytes | memoryview = b"") -> bytes:
+    """The inverse of ``squeeze``, with the same ``known``.
+
+    Raises:
+        FormatError: the bytes are not what ``squeeze`` made.
+    """
+    try:
+        if zstandard.frame_content_size(data) > MAX_ARRAY_NBYTES:
+            raise FormatError("a message's array claims to be larger than any can be")
+        return zstandard.ZstdDecompressor(dict_data=_dictionary(known)).decompress(data)
+    except zstandard.ZstdError as error:
+        raise FormatError(f"a message's array cannot be decompressed: {error}") from error
+
+
+def _dictionary(known: bytes | memoryview) -> zstandard.ZstdCompressionDict | None:
+    # zstandard takes what is shorter for no dictionary at all
+    if len(known) < _MIN_DICTIONARY_NBYTES:
+        return None
+    return zstandard.ZstdCompressionDict(bytes(known), dict_type=zstandard.DICT_TYPE_RAWCONTENT)
 
 
 def _unpack_msgpack(data: bytes | memoryview) -> Any:

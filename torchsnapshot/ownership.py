@@ -11,7 +11,7 @@ together, so that the work grows with what is different, not with the number of 
 from __future__ import annotations
 
 import heapq
-import struct
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +20,8 @@ from torchsnapshot.errors import FormatError
 Content = tuple[bytes, int]
 """A digest and the raw size in bytes."""
 
-_ROW = struct.Struct("<16sI")
+_DIGEST_NBYTES = 16
+_ROW_NBYTES = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,15 +36,23 @@ class Duty:
 
 
 def pack_contents(contents: Iterable[Content]) -> bytes:
-    """An announcement: 20 bytes for each content that is new to a rank, in its own order, each content once."""
-    return b"".join(_ROW.pack(digest, nbytes) for digest, nbytes in contents)
+    """An announcement: 20 bytes for each content that is new to a rank, in its own order, each content once.
+
+    All digests come first, then all sizes.
+    """
+    contents = list(contents)
+    sizes = array("I", (nbytes for _, nbytes in contents))
+    return b"".join(digest for digest, _ in contents) + sizes.tobytes()
 
 
 def unpack_contents(data: bytes) -> list[Content]:
     """The inverse of ``pack_contents``. Raises ``FormatError`` where ``data`` is no announcement."""
-    if len(data) % _ROW.size:
+    count, rest = divmod(len(data), _ROW_NBYTES)
+    if rest:
         raise FormatError(f"an announcement of {len(data)} bytes is cut off")
-    return list(_ROW.iter_unpack(data))
+    end = count * _DIGEST_NBYTES
+    digests = [data[start : start + _DIGEST_NBYTES] for start in range(0, end, _DIGEST_NBYTES)]
+    return list(zip(digests, array("I", data[end:]), strict=True))
 
 
 def pack_duty(duty: Duty) -> bytes:
@@ -73,35 +82,45 @@ def assign(announcements: Sequence[bytes]) -> list[Duty]:
         crews.setdefault(announcement, []).append(rank)
     members = list(crews.values())
     lists = [unpack_contents(announcement) for announcement in crews]
+    common = _held_by_several(lists)
     holders: dict[Content, list[int]] = {}
     for crew, contents in enumerate(lists):
-        for content in contents:
+        for content in contents if len(members[crew]) > 1 else common.intersection(contents):
             holders.setdefault(content, []).append(crew)
     loads = [0] * len(announcements)
-    shared: list[Content] = []
     owners: dict[Content, int] = {}
-    for content, found in holders.items():
-        if len(found) == 1 and len(members[found[0]]) == 1:
-            owners[content] = rank = members[found[0]][0]
-            loads[rank] += content[1]
-        else:
-            shared.append(content)
+    for crew, contents in enumerate(lists):
+        if len(members[crew]) == 1:
+            loads[members[crew][0]] = sum(content[1] for content in contents if content not in holders)
     heaps = [[(loads[rank], rank) for rank in crew] for crew in members]
     for heap in heaps:
         heapq.heapify(heap)
     # large ones first: what comes last evens out the rest; digests make the order the same whatever came first
-    for content in sorted(shared, key=lambda content: (-content[1], content[0])):
+    for content in sorted(holders, key=lambda content: (-content[1], content[0])):
         crew = min(holders[content], key=lambda crew: heaps[crew][0])
         load, rank = heaps[crew][0]
         heapq.heapreplace(heaps[crew], (load + content[1], rank))
         owners[content] = rank
-    is_shared = set(shared)
     duties: dict[int, Duty] = {}
     for crew, contents in enumerate(lists):
-        flags = [content in is_shared for content in contents]
+        if holders.keys().isdisjoint(contents):
+            duties[members[crew][0]] = Duty([True] * len(contents), [False] * len(contents))
+            continue
+        flags = [content in holders for content in contents]
         for rank in members[crew]:
-            duties[rank] = Duty([owners[content] == rank for content in contents], flags)
+            duties[rank] = Duty([owners.get(content, rank) == rank for content in contents], flags)
     return [duties[rank] for rank in range(len(announcements))]
+
+
+def _held_by_several(lists: Sequence[Sequence[Content]]) -> set[Content]:
+    """What stands in more than one list."""
+    seen: set[Content] = set()
+    common: set[Content] = set()
+    for contents in lists:
+        if not seen.isdisjoint(contents):
+            common.update(seen.intersection(contents))
+        seen.update(contents)
+    return common
 
 
 def _pack_bits(flags: Sequence[bool]) -> bytes:

@@ -27,8 +27,8 @@ from torchsnapshot.kinds import Resolve
 from torchsnapshot.reading import Reading, load_opaque
 from torchsnapshot.targets import Target, TargetFinder
 
-
-AllocateSharded = Callable[[str, ShardedTensorEntry], Any]
+AllocateTensor = Callable[[str, TensorEntry | ShardedTensorEntry], Any]
+"""Makes the target of a tensor that has none; None where it cannot."""
 
 
 class Part:
@@ -39,8 +39,8 @@ class Part:
         prefix: the path of the part's root.
         current: what the application has at that place, or None.
         resolve: gives classes by stored name; those that stand in ``current`` where None.
-        allocate: makes the target of a sharded tensor that has none, or returns None where it cannot. Without it the
-            whole tensor is read.
+        allocate: makes targets that are not there. Where it makes none for a sharded tensor, that is an error; without
+            it the whole tensor is read.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Part:
         prefix: str,
         current: Any,
         resolve: Resolve | None = None,
-        allocate: AllocateSharded | None = None,
+        allocate: AllocateTensor | None = None,
     ) -> None:
         self._entries = entries
         self._prefix = prefix
@@ -78,9 +78,9 @@ class Part:
     def _find(
         self, path: str, entry: TensorEntry | ShardedTensorEntry, current: Any, finder: TargetFinder
     ) -> Target | None:
-        if current is None and isinstance(entry, ShardedTensorEntry) and self._allocate is not None:
+        if current is None and self._allocate is not None:
             current = self._allocate(path, entry)
-            if current is None:
+            if current is None and isinstance(entry, ShardedTensorEntry):
                 finder.mismatches.append(
                     f"{path}: it is spread over ranks {list(entry.sharding.mesh_ranks)}, and the target has no tensor "
                     "here that says how it is to be spread now"
@@ -99,12 +99,6 @@ class Part:
     def build(self) -> Any:
         """The whole part."""
         return inflate(self._prefix, self._entries, self.leaf, self._current, self._resolve)
-
-
-def entries_below(manifest: StoredManifest, path: str, rank: int = 0) -> dict[str, Entry]:
-    """The entries at and below a path, by path without rank."""
-    below = f"{path}/"
-    return {each: entry for each, entry in manifest.entries_of(rank).items() if each == path or each.startswith(below)}
 
 
 def gather(

@@ -27,6 +27,7 @@ from torchsnapshot.entries import (
 from torchsnapshot.flatten import Node, OpaqueLeaf, ShardedLeaf, TensorLeaf, ValueLeaf
 from torchsnapshot.grid import Box, Piece
 from torchsnapshot.host_views import HostView, host_view
+from torchsnapshot.pauses import collector_paused
 from torchsnapshot.store.envelope import ChunkRef, ChunkTable, ChunkTableBuilder
 
 SMALL_CHUNK_NBYTES = 1 << 20
@@ -147,6 +148,7 @@ class Previous(Protocol):
         """What stood at the path, if anything did."""
 
 
+@collector_paused()
 def plan_take(nodes: Mapping[str, Node], previous: Previous, chunk_nbytes: int, small_nbytes: int) -> TakePlan:
     """Cut the state into chunks.
 
@@ -169,6 +171,11 @@ def plan_take(nodes: Mapping[str, Node], previous: Previous, chunk_nbytes: int, 
             leaves.append(_plan_bytes(path, node, previous, chunk_nbytes))
         else:
             leaves.append(Leaf(path, node))
+    return plan_of_leaves(leaves, small_nbytes)
+
+
+def plan_of_leaves(leaves: list[Leaf], small_nbytes: int) -> TakePlan:
+    """The plan of leaves that are cut already; see ``plan_take``."""
     chunks = [chunk for leaf in leaves for chunk in leaf.chunks]
     inline_nbytes = sum(len(leaf.inline) for leaf in leaves if leaf.inline is not None)
     return TakePlan(
@@ -200,7 +207,7 @@ def _plan_sharded(path: str, node: ShardedLeaf, previous: Previous, chunk_nbytes
     place = previous.at(path)
     kept = place.cell if place is not None and (place.dtype, place.shape) == (source.dtype, source.shape) else None
     cell = source.cell(chunk_nbytes, kept)
-    return Leaf(path, node, None, cell, _chunks(path, source.pieces(cell), source.itemsize, place))
+    return Leaf(path, node, None, cell, chunks_of(path, source.pieces(cell), source.itemsize, place))
 
 
 def _plan_bytes(path: str, node: ValueLeaf | OpaqueLeaf, previous: Previous, chunk_nbytes: int) -> Leaf:
@@ -212,10 +219,11 @@ def _plan_bytes(path: str, node: ValueLeaf | OpaqueLeaf, previous: Previous, chu
 
 
 def _cut(path: str, source: Source, box: Box, cell: tuple[int, ...], width: int, place: Place | None) -> list[Chunk]:
-    return _chunks(path, [(source, piece) for piece in grid.cut(box, cell, width)], width, place)
+    return chunks_of(path, [(source, piece) for piece in grid.cut(box, cell, width)], width, place)
 
 
-def _chunks(path: str, pieces: Sequence[tuple[Source, Piece]], width: int, place: Place | None) -> list[Chunk]:
+def chunks_of(path: str, pieces: Sequence[tuple[Source, Piece]], width: int, place: Place | None) -> list[Chunk]:
+    """The chunks of one leaf; ``place`` says what was there last time."""
     if place is None or len(place.digests) != len(pieces):
         return [Chunk(path, source, piece, width, None) for source, piece in pieces]
     return [

@@ -45,7 +45,7 @@ class Memory(Protocol):
 class Share:
     """What a sink wants of a chunk: all of it, or a part.
 
-    ``offset`` is where the whole chunk lies in the sink's memory, in bytes; None where it doesn't lie there in one range.
+    ``offset`` is where the whole chunk lies in the sink's memory, in bytes; None where that is not one range.
     """
 
     chunk: Box

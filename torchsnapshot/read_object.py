@@ -5,13 +5,15 @@ What doesn't live here: arguments and defaults (``snapshot``), the restore of a 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from torchsnapshot.entries import ContainerEntry, StoredManifest, ValueEntry
-from torchsnapshot.errors import PickleRefusedError, SnapshotError
+from torchsnapshot.elastic import without
+from torchsnapshot.entries import ContainerEntry, Entry, ShardedTensorEntry, StoredManifest, ValueEntry, entries_below
+from torchsnapshot.errors import AbsentStateError, PickleRefusedError, SnapshotError
 from torchsnapshot.live_state import find
 from torchsnapshot.opening import Opened, other_generations_named
-from torchsnapshot.parts import Part, entries_below, gather
+from torchsnapshot.parts import Part, gather
 from torchsnapshot.reading import Reading
 from torchsnapshot.restore import check_key, refusal, still_committed
 from torchsnapshot.stats import Stats
@@ -22,10 +24,19 @@ def read_object(opened: Opened, path: str, target: Any, budget_nbytes: int | Non
     """Read one value. See ``Snapshot.read_object``."""
     with reading(opened.repository, opened.name), other_generations_named(opened):
         manifest = still_committed(opened)
-        stored, inside = _locate(manifest, path)
-        value = _read(
-            opened, manifest, stored.partition("/")[2], None if inside else target, budget_nbytes, allow_pickle
-        )
+        rank, _, wanted = path.partition("/")
+        if not rank.isdecimal():
+            raise SnapshotError(_absence(path))
+        if int(rank) not in manifest.ranks and manifest.head.world_size == 1:
+            # of one process nothing is known to be what every rank holds
+            raise SnapshotError(_absence(path))
+        known = int(rank) if int(rank) in manifest.ranks else 0
+        stored, inside = _locate(manifest.entries_of(known), path, wanted)
+        entries = _seen_by(manifest, int(rank), stored)
+        if not entries:
+            raise SnapshotError(_absence(path))
+        part = Part(entries, stored, None if inside else target)
+        value = _read(opened, manifest, part, stored, budget_nbytes, allow_pickle)
     if not inside:
         return value
     try:
@@ -34,19 +45,38 @@ def read_object(opened: Opened, path: str, target: Any, budget_nbytes: int | Non
         raise SnapshotError(_absence(path)) from None
 
 
-def read_state_dict(opened: Opened, key: str, allow_pickle: bool) -> Any:
-    """Read the whole state of one key. See ``Snapshot.get_state_dict_for_key``."""
+def read_state_dict(opened: Opened, key: str, rank: int, allow_pickle: bool) -> Any:
+    """Read the whole state of one key, as one rank had it. See ``Snapshot.get_state_dict_for_key``."""
     with reading(opened.repository, opened.name), other_generations_named(opened):
         manifest = still_committed(opened)
-        return _read(opened, manifest, check_key(manifest, key), None, None, allow_pickle)
+        path = check_key(manifest, key)
+        entries = _seen_by(manifest, rank, path)
+        if not entries:
+            raise AbsentStateError(
+                f"{key} is absent in both manifest and flattened for rank {rank}; other ranks have it"
+            )
+        return _read(opened, manifest, Part(entries, path, None), path, None, allow_pickle)
 
 
-def _locate(manifest: StoredManifest, path: str) -> tuple[str, list[str]]:
+def _seen_by(manifest: StoredManifest, rank: int, path: str) -> dict[str, Entry]:
+    """What a rank sees at and below a path; one that the take did not have sees what all ranks have in common."""
+    if rank in manifest.ranks:
+        return entries_below(manifest, path, rank)
+    entries = entries_below(manifest, path)
+    private = [
+        each
+        for each, entry in entries.items()
+        if not isinstance(entry, (ContainerEntry, ShardedTensorEntry)) and manifest.shared(each) is None
+    ]
+    return without(entries, private) if private else entries
+
+
+def _locate(entries: Mapping[str, Entry], path: str, wanted: str) -> tuple[str, list[str]]:
     """The entry at or above a path, and the components below it: values have no entries for what is inside them."""
-    components = path.split("/")
-    for length in range(len(components), 1, -1):
+    components = wanted.split("/")
+    for length in range(len(components), 0, -1):
         stored = "/".join(components[:length])
-        entry = manifest.entries.get(stored)
+        entry = entries.get(stored)
         if entry is not None and (length == len(components) or isinstance(entry, ValueEntry)):
             return stored, components[length:]
         if isinstance(entry, ContainerEntry):
@@ -62,9 +92,8 @@ def _absence(path: str) -> str:
 
 
 def _read(
-    opened: Opened, manifest: StoredManifest, path: str, target: Any, budget_nbytes: int | None, allow_pickle: bool
+    opened: Opened, manifest: StoredManifest, part: Part, path: str, budget_nbytes: int | None, allow_pickle: bool
 ) -> Any:
-    part = Part(entries_below(manifest, path), path, target)
     if part.opaque() and not allow_pickle:
         raise PickleRefusedError(refusal({path: part.opaque()}, []))
     work = Reading(opened.repository, manifest, Stats())

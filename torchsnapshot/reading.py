@@ -13,8 +13,8 @@ from typing import Any
 
 from torchsnapshot import grid, knobs
 from torchsnapshot.chunk_reader import ChunkReader
-from torchsnapshot.engine import Mode, submit
 from torchsnapshot.dtypes import itemsize_of
+from torchsnapshot.engine import Mode, submit
 from torchsnapshot.entries import OpaqueEntry, ShardedTensorEntry, Span, StoredManifest, TensorEntry, ValueEntry
 from torchsnapshot.errors import CorruptionError, FormatError, PartialRestoreError, SnapshotError
 from torchsnapshot.grid import Box
@@ -168,7 +168,7 @@ class Reading:
         if jobs:
             submit(
                 jobs,
-                num_workers=max(knobs.get_num_threads(), self._repository.backend.concurrency),
+                num_workers=knobs.get_num_workers(self._repository.backend.concurrency),
                 budget=budget_nbytes or knobs.get_memory_budget_bytes(),
                 mode=Mode.THROUGH,
             ).wait()

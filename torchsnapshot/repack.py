@@ -19,8 +19,9 @@ from torchsnapshot.chunk_reader import ChunkReader
 from torchsnapshot.chunks import ChunkWriter
 from torchsnapshot.engine import submit
 from torchsnapshot.grid import Box, Piece
+from torchsnapshot.pauses import collector_paused
 from torchsnapshot.plan import Chunk, TakePlan, grouped
-from torchsnapshot.read_jobs import Counters, read_jobs, Share, Sink, Wanted
+from torchsnapshot.read_jobs import Counters, Share, Sink, Wanted, read_jobs
 from torchsnapshot.reading import BytesMemory
 from torchsnapshot.stats import Stats
 from torchsnapshot.store.envelope import ChunkRef
@@ -32,6 +33,7 @@ PACK_LIVE_SHARE = 4
 """A small chunk is written again when less than one part in this many of its pack is live for the take."""
 
 
+@collector_paused()
 def lonely_chunks(plan: TakePlan) -> list[Chunk]:
     """The chunks of a finished plan whose packs are hardly used by it."""
     packs: dict[str, list[tuple[Chunk, ChunkRef]]] = {}
@@ -83,7 +85,7 @@ def _move_group(group: Sequence[Chunk], repository: Repository, writer: ChunkWri
         offset += chunk.nbytes
     submit(
         list(read_jobs(wanted, ChunkReader(repository), Counters(Stats()))),
-        num_workers=max(knobs.get_num_threads(), repository.backend.concurrency),
+        num_workers=knobs.get_num_workers(repository.backend.concurrency),
         budget=knobs.get_memory_budget_bytes(),
     ).wait()
     return writer.put_pack(members)

@@ -13,25 +13,18 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
-from operator import itemgetter
+from operator import attrgetter
 
 from torchsnapshot import grid
 from torchsnapshot.entry_kinds import ShardedTensorEntry, TensorEntry
 from torchsnapshot.errors import FormatError
 from torchsnapshot.grid import Box
 from torchsnapshot.layout import contiguous_offset
-
-
-@dataclass(frozen=True, slots=True)
-class StoredBox:
-    """A box that is stored: its first chunk is row ``row`` of chunk table number ``table``, the others follow."""
-
-    box: Box
-    table: int
-    row: int
+from torchsnapshot.placements import Placement, Sharding
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,23 +41,6 @@ class Overlap:
     part: Box
     wanted: int
     offset: int | None
-
-
-def stored_boxes(entry: TensorEntry | ShardedTensorEntry) -> list[StoredBox]:
-    """The boxes that an entry holds; none for a tensor whose bytes stand in the entry itself."""
-    held: Iterable[tuple[Sequence[Box], int, int]]
-    if isinstance(entry, ShardedTensorEntry):
-        tables, firsts = memoryview(entry.tables).cast("I"), memoryview(entry.firsts).cast("I")
-        held = zip(entry.sharding.regions(entry.shape), tables, firsts, strict=True)
-    else:
-        held = [(shard.boxes, shard.span.table, shard.span.first) for shard in entry.shards]
-    found = []
-    for boxes, table, row in held:
-        for box in boxes:
-            found.append(StoredBox(box, table, row))
-            # nearly always there is one box, and nobody needs to know where the next one would begin
-            row += grid.num_pieces(box, entry.cell) if len(boxes) > 1 else 0
-    return found
 
 
 def wanted_in_memory_order(boxes: Sequence[Box], permutation: Sequence[int] | None) -> list[Box]:
@@ -92,46 +68,89 @@ def overlaps(entry: TensorEntry | ShardedTensorEntry, wanted: Sequence[Box], whe
     Raises:
         FormatError: the entry does not hold all that is wanted.
     """
-    index = _Index(stored_boxes(entry))
+    index, tables, rows = _stored(entry)
     found: list[Overlap] = []
     for number, box in enumerate(wanted):
         mine: list[Overlap] = []
         for stored in index.near(box):
             part = stored.box.intersect(box)
             if part is not None:
-                mine.extend(_chunks(stored, part, entry.cell, box, number))
-        if sum(overlap.part.numel for overlap in mine) != box.numel:
+                table, row = tables[stored.region], rows[stored.region] + stored.skip
+                mine.extend(_chunks(table, row, stored.box, entry.cell, part, box, number))
+        if sum([overlap.part.numel for overlap in mine]) != box.numel:
             raise FormatError(f"{where}: the snapshot does not hold all of {list(box.offsets)}+{list(box.sizes)}, once")
-        mine.sort(key=lambda overlap: (overlap.table, overlap.row))
+        mine.sort(key=attrgetter("table", "row"))
         found.extend(mine)
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class _StoredBox:
+    """A box of a region; its first chunk is the region's number ``skip``."""
+
+    box: Box
+    region: int
+    skip: int
 
 
 class _Index:
     """Finds the stored boxes near a wanted one: by their starts along the dimension that they differ most in."""
 
-    def __init__(self, boxes: Sequence[StoredBox]) -> None:
-        num_dims = len(boxes[0].box.offsets) if boxes else 0
-        starts = [len({stored.box.offsets[dim] for stored in boxes}) for dim in range(num_dims)]
-        self._dim = starts.index(max(starts)) if starts else 0
-        pairs = [(stored.box.offsets[self._dim], stored) for stored in boxes]
-        pairs.sort(key=itemgetter(0))
-        self._starts = [start for start, _ in pairs]
-        self._boxes = [stored for _, stored in pairs]
-        self._longest = max((stored.box.sizes[self._dim] for stored in boxes), default=0)
+    def __init__(self, regions: Sequence[Sequence[Box]], cell: tuple[int, ...]) -> None:
+        boxes: list[_StoredBox] = []
+        for region, held in enumerate(regions):
+            skip = 0
+            for box in held:
+                boxes.append(_StoredBox(box, region, skip))
+                # nearly always there is one box, and nobody needs to know where the next one would begin
+                skip += grid.num_pieces(box, cell) if len(held) > 1 else 0
+        num_starts = [len({stored.box.offsets[dim] for stored in boxes}) for dim in range(len(cell))]
+        self._dim = dim = num_starts.index(max(num_starts))
+        boxes.sort(key=lambda stored: stored.box.offsets[dim])
+        self._boxes = boxes
+        self._starts = [stored.box.offsets[dim] for stored in boxes]
+        self._longest = max((stored.box.sizes[dim] for stored in boxes), default=0)
 
-    def near(self, box: Box) -> Sequence[StoredBox]:
+    def near(self, box: Box) -> Sequence[_StoredBox]:
         """Those that may overlap the box."""
-        if not self._boxes or not box.numel:
+        if not box.numel:
             return ()
         start, size = box.offsets[self._dim], box.sizes[self._dim]
         first = bisect_left(self._starts, start - self._longest + 1)
         return self._boxes[first : bisect_left(self._starts, start + size)]
 
 
-def _chunks(stored: StoredBox, part: Box, cell: tuple[int, ...], wanted: Box, number: int) -> Iterator[Overlap]:
+@lru_cache(maxsize=128)
+def _index_of_placements(
+    shape: tuple[int, ...],
+    mesh_shape: tuple[int, ...],
+    placements: tuple[Placement, ...],
+    order: tuple[int, ...] | None,
+    cell: tuple[int, ...],
+) -> _Index:
+    # which ranks they are does not matter, so the layers of a model share one index
+    ranks = tuple(range(prod(mesh_shape)))
+    return _Index(Sharding(mesh_shape, ranks, placements, order).regions(shape), cell)
+
+
+def _stored(entry: TensorEntry | ShardedTensorEntry) -> tuple[_Index, Sequence[int], Sequence[int]]:
+    """The boxes of an entry's regions, and of each region the chunk table and the first row."""
+    if isinstance(entry, TensorEntry):
+        spans = [shard.span for shard in entry.shards]
+        index = _Index([shard.boxes for shard in entry.shards], entry.cell)
+        return index, [span.table for span in spans], [span.first for span in spans]
+    sharding = entry.sharding
+    if sharding.placements is None:
+        index = _Index(sharding.regions(entry.shape), entry.cell)
+    else:
+        index = _index_of_placements(entry.shape, sharding.mesh_shape, sharding.placements, sharding.order, entry.cell)
+    return index, memoryview(entry.tables).cast("I"), memoryview(entry.firsts).cast("I")
+
+
+def _chunks(
+    table: int, first_row: int, box: Box, cell: tuple[int, ...], part: Box, wanted: Box, number: int
+) -> Iterator[Overlap]:
     """The chunks of a stored box that overlap a part of it, without making the others."""
-    box = stored.box
     ranges, counts = [], []
     for start, size, step, part_start, part_size in zip(
         box.offsets, box.sizes, cell, part.offsets, part.sizes, strict=True
@@ -151,5 +170,5 @@ def _chunks(stored: StoredBox, part: Box, cell: tuple[int, ...], wanted: Box, nu
         held = chunk.intersect(wanted)
         assert held is not None
         offset = contiguous_offset(chunk.relative_to(wanted), wanted.sizes) if held == chunk else None
-        row = stored.row + sum(index * stride for index, stride in zip(indices, strides, strict=True))
-        yield Overlap(stored.table, row, chunk, held, number, offset)
+        row = first_row + sum([index * stride for index, stride in zip(indices, strides, strict=True)])
+        yield Overlap(table, row, chunk, held, number, offset)

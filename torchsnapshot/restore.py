@@ -10,7 +10,8 @@ target only after its digest was checked; what fails later says that the target 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -20,8 +21,16 @@ import torch
 from torchsnapshot import history
 from torchsnapshot.app_state import random_state_kept
 from torchsnapshot.composites import COMPOSITE_KINDS
-from torchsnapshot.elastic import MissingRank, check_missing_rank, entries_for
-from torchsnapshot.entries import USER_METADATA, ContainerEntry, Entry, StoredManifest, ValueEntry, escape, unescape
+from torchsnapshot.elastic import MissingRank, check_missing_rank, entries_for, selectable_entries
+from torchsnapshot.entries import (
+    USER_METADATA,
+    ContainerEntry,
+    Entry,
+    StoredManifest,
+    ValueEntry,
+    escape,
+    unescape,
+)
 from torchsnapshot.errors import (
     AbsentStateError,
     MismatchError,
@@ -30,14 +39,19 @@ from torchsnapshot.errors import (
 )
 from torchsnapshot.flatten import resolver
 from torchsnapshot.live_state import lay_over, leaves_of
-from torchsnapshot.loading import allocator, load
+from torchsnapshot.loading import allocator, load, parameter_finder
 from torchsnapshot.opening import Opened, other_generations_named
-from torchsnapshot.parts import Part, entries_below, gather
+from torchsnapshot.parts import AllocateTensor, Part, gather
 from torchsnapshot.reading import Reading
 from torchsnapshot.selection import Selection
-from torchsnapshot.stateful import RNGState, Stateful
+from torchsnapshot.sharded import mesh_of
+from torchsnapshot.stages import Reader
+from torchsnapshot.stateful import HasParameters, RNGState, Stateful
 from torchsnapshot.stats import Stats
 from torchsnapshot.store.leases import reading
+from torchsnapshot.wrappers import explain
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +66,8 @@ class RestoreOptions:
     missing_rank: MissingRank | None = None
     rank: int = 0
     world_size: int = 1
+    global_ranks: tuple[int, ...] = (0,)
+    """For each reading rank its global rank: tensors that are spread speak of these."""
 
     def __post_init__(self) -> None:
         check_missing_rank(self.missing_rank)
@@ -92,11 +108,16 @@ def check_key(manifest: StoredManifest, key: str) -> str:
         AbsentStateError: the snapshot has no such key.
     """
     path = escape(key)
-    if f"0/{path}" not in manifest.entries:
-        roots = [root.partition("/")[2] for root in manifest.roots]
-        known = sorted(unescape(root) for root in roots if root != USER_METADATA)
-        raise AbsentStateError(f"{key} is absent in both manifest and flattened. The snapshot has: {', '.join(known)}.")
-    return path
+    known: set[str] = set()
+    # what only one rank had is looked for last: reading the trees of all ranks takes time
+    for rank in [0, *manifest.ranks[1:]]:
+        entries = manifest.entries_of(rank)
+        if path in entries:
+            return path
+        known.update(unescape(each) for each in entries if "/" not in each and each != USER_METADATA)
+    raise AbsentStateError(
+        f"{key} is absent in both manifest and flattened. The snapshot has: {', '.join(sorted(known))}."
+    )
 
 
 def _read_states(statefuls: Mapping[str, Stateful], stats: Stats) -> dict[str, Any]:
@@ -114,15 +135,18 @@ def _restore_whole(
     paths = {key: check_key(manifest, key) for key in statefuls}
     states = _read_states(statefuls, stats)
     with stats.phase("plan"):
-        parts = {
-            key: Part(
-                _entries(manifest, path, statefuls[key], options),
-                path,
-                states[key],
-                allocate=allocator(statefuls[key], path),
-            )
-            for key, path in paths.items()
-        }
+        parts: dict[str, Part] = {}
+        for key, path in paths.items():
+            reader = _reader(statefuls[key], states[key], path, options)
+            entries = entries_for(manifest, path, reader, options.missing_rank)
+            if path in entries:
+                _check_names(path, statefuls[key], states[key], entries, options)
+                allocate = _allocator(statefuls[key], path, options)
+                parts[key] = Part(entries, path, states[key], allocate=allocate)
+            elif options.missing_rank != "drop":
+                raise AbsentStateError(
+                    f"{key} is absent in both manifest and flattened for rank {options.rank}; other ranks have it"
+                )
         refused = {} if options.allow_pickle else {key: part.opaque() for key, part in parts.items() if part.opaque()}
         wanted = {key: part for key, part in parts.items() if key not in refused}
         work = Reading(opened.repository, manifest, stats)
@@ -138,11 +162,45 @@ def _restore_whole(
     history.remember(opened.repository.store_id, history.Remembered.of_manifest(manifest, options.rank))
 
 
-def _entries(
-    manifest: StoredManifest, path: str, stateful: Stateful, options: RestoreOptions
-) -> Mapping[str, Entry]:
-    is_random_state = isinstance(stateful, RNGState)
-    return entries_for(manifest, path, options.rank, options.world_size, options.missing_rank, is_random_state)
+def _check_names(
+    path: str, stateful: Stateful, state: Any, entries: Mapping[str, Entry], options: RestoreOptions
+) -> None:
+    """Say so before anything is written where a module's names differ by wrappers only."""
+    if not isinstance(stateful, torch.nn.Module) or not isinstance(state, dict):
+        return
+    below = f"{path}/"
+    stored = {
+        unescape(each[len(below) :]) for each in entries if each.startswith(below) and "/" not in each[len(below) :]
+    }
+    reason = explain(path, stored, state.keys())
+    if reason is not None and options.strict:
+        raise MismatchError(f"{reason}. Nothing was restored")
+    if reason is not None:
+        logger.warning("%s", reason)
+
+
+def _reader(stateful: Stateful, state: Any, path: str, options: RestoreOptions) -> Reader:
+    """What this rank has of one key, before it is restored."""
+    leaves = dict(leaves_of(path, state))
+    parents = {each[:end] for each in leaves for end in range(len(path), len(each)) if each[end] == "/"}
+    tensors = list(leaves.values())
+    parameter_of = parameter_finder(stateful, path)
+    is_optimizer = isinstance(stateful, torch.optim.Optimizer)
+    if isinstance(stateful, torch.optim.Optimizer):
+        # one that has not stepped has nothing else yet
+        tensors += [parameter for group in stateful.param_groups for parameter in group["params"]]
+    group_rank = {rank: number for number, rank in enumerate(options.global_ranks)}
+    meshes = {mesh for mesh in map(mesh_of, tensors) if mesh is not None}
+    mesh = frozenset(group_rank[rank] for ranks in meshes for rank in ranks if rank in group_rank)
+    return Reader(
+        options.rank,
+        options.world_size,
+        mesh or None,
+        parents | leaves.keys() | {path},
+        lambda where: parameter_of(where) is not None,
+        is_optimizer,
+        isinstance(stateful, RNGState),
+    )
 
 
 def _restore_part(
@@ -155,8 +213,8 @@ def _restore_part(
     selection = Selection(options.paths, options.rename)
     states = {escape(key): state for key, state in _read_states(statefuls, stats).items()}
     with stats.phase("plan"):
-        # what only another rank had is nobody's here: a rank beyond those that took it sees rank 0's
-        leaves = list(_leaf_entries(manifest, options.rank if options.rank < manifest.head.world_size else 0))
+        random_keys = {escape(key) for key, stateful in statefuls.items() if isinstance(stateful, RNGState)}
+        leaves = list(_leaf_entries(manifest, options, selection, random_keys))
         resolve = resolver(*states.values())
         values = {path: Part(entries, path, None, resolve) for path, entries in leaves if _is_value(entries, path)}
         first = Reading(opened.repository, manifest, stats)
@@ -171,7 +229,9 @@ def _restore_part(
         for path, entries in leaves:
             target = None if _is_value(entries, path) else selection.target_of(path)
             if target is not None and _place(target, None, states, replacements):
-                parts[target] = Part(entries, path, current.get(target))
+                parts[target] = Part(
+                    entries, path, current.get(target), allocate=_allocator_at(target, statefuls, options)
+                )
         selection.check()
         _check_places(states, replacements)
         refused = {path: part.opaque() for path, part in parts.items() if part.opaque() and not options.allow_pickle}
@@ -190,21 +250,39 @@ def _restore_part(
                 load(key, stateful, state, options.strict)
 
 
-def _leaf_entries(manifest: StoredManifest, rank: int) -> Iterator[tuple[str, dict[str, Entry]]]:
+def _leaf_entries(
+    manifest: StoredManifest, options: RestoreOptions, selection: Selection, random_keys: Collection[str]
+) -> Iterator[tuple[str, dict[str, Entry]]]:
     """What can be selected: each tensor (a composite one with its parts), value and opaque object, by path."""
-    inside: str | None = None
-    for path, entry in manifest.entries_of(rank).items():
-        if path == USER_METADATA:
-            continue
-        if inside is not None and path.startswith(inside):
-            continue
-        inside = None
-        if isinstance(entry, ContainerEntry):
-            if entry.kind in COMPOSITE_KINDS:
-                inside = f"{path}/"
-                yield path, entries_below(manifest, path, rank)
-        else:
-            yield path, {path: entry}
+    own = options.rank if options.rank < manifest.head.world_size else 0
+    for key in [each for each in manifest.entries_of(own) if "/" not in each and each != USER_METADATA]:
+        reader = Reader(options.rank, options.world_size, is_random_state=key in random_keys)
+        entries = selectable_entries(manifest, key, reader, options.missing_rank, selection.selects)
+        composite: dict[str, Entry] | None = None
+        inside = ""
+        for path, entry in entries.items():
+            if composite is not None and path.startswith(inside):
+                composite[path] = entry
+                continue
+            composite = None
+            if not isinstance(entry, ContainerEntry):
+                yield path, {path: entry}
+            elif entry.kind in COMPOSITE_KINDS:
+                composite, inside = {path: entry}, f"{path}/"
+                yield path, composite
+
+
+def _allocator(stateful: Stateful, path: str, options: RestoreOptions) -> AllocateTensor | None:
+    # a process that is alone can have any tensor whole
+    knows = isinstance(stateful, (torch.optim.Optimizer, HasParameters))
+    return allocator(stateful, path) if knows or options.world_size > 1 else None
+
+
+def _allocator_at(target: str, statefuls: Mapping[str, Stateful], options: RestoreOptions) -> AllocateTensor | None:
+    """As ``_allocator``, for the part that goes to one path of the target."""
+    key = target.partition("/")[0]
+    allocate = _allocator(statefuls[unescape(key)], key, options)
+    return None if allocate is None else lambda _, entry: allocate(target, entry)
 
 
 def _is_value(entries: Mapping[str, Entry], path: str) -> bool:

@@ -48,6 +48,10 @@ class Selection:
             raise MismatchError(f"rename puts both {self._sources[target]!r} and {path!r} at {target!r}")
         return target
 
+    def selects(self, path: str) -> bool:
+        """Whether a stored leaf is wanted."""
+        return self._paths is None or any(fnmatchcase(path, glob) for glob in self._paths)
+
     def check(self) -> None:
         """Raise ``MismatchError`` for globs that matched nothing: most likely a typing error."""
         unmatched = [glob for glob in self._paths or () if glob not in self._matched]

@@ -24,11 +24,11 @@ from torchsnapshot import dtypes, grid
 from torchsnapshot.entry_kinds import ShardedTensorEntry, Span, span_columns
 from torchsnapshot.grid import Box, Piece
 from torchsnapshot.host_views import HostView, target_view
+from torchsnapshot.mesh_cells import cell_for
 from torchsnapshot.placements import (
     REPLICATE,
     Placement,
     Sharding,
-    cell_for,
     is_nesting_the_same,
     nested_order,
 )
@@ -87,7 +87,7 @@ class ShardedSource:
         return [PlacedView(box, target_view(part, permutation)) for box, part in zip(boxes, self.locals, strict=True)]
 
     def cell(self, chunk_nbytes: int, kept: tuple[int, ...] | None = None) -> tuple[int, ...]:
-        """The cell of its grid, the same on all ranks of the mesh. See ``placements.cell_for``."""
+        """The cell of its grid, the same on all ranks of the mesh. See ``mesh_cells.cell_for``."""
         return cell_for(self.shape, self.sharding, self.itemsize, chunk_nbytes, kept)
 
     def pieces(self, cell: tuple[int, ...]) -> list[tuple[PlacedView, Piece]]:
@@ -167,6 +167,16 @@ def is_sharded_tensor(value: object) -> bool:
 def _is_instance(value: object, module: str, name: str) -> bool:
     found = getattr(sys.modules.get(module), name, None)
     return isinstance(found, type) and isinstance(value, found)
+
+
+def mesh_of(value: object) -> tuple[int, ...] | None:
+    """The global ranks that a tensor is spread over; None for a value that is no sharded tensor."""
+    tensor: Any = value
+    if is_dtensor(value):
+        return tuple(tensor.device_mesh.mesh.flatten().tolist())
+    if is_sharded_tensor(value):
+        return tuple(torch.distributed.get_process_group_ranks(tensor._process_group))
+    return None
 
 
 def describe(value: object) -> ShardedSource | str | None:
@@ -298,7 +308,8 @@ def _describe_sharded_tensor(value: Any) -> ShardedSource | str:
         boxes,
         tuple(mine[box] for box in boxes),
         "parameter" if isinstance(value, torch.nn.Parameter) else "tensor",
-        bool(value.requires_grad),
+        # asking the tensor itself would warn that its class is deprecated
+        bool(metadata.tensor_properties.requires_grad),
     )
 
 

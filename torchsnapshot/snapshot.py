@@ -7,9 +7,8 @@ What doesn't live here: how a take runs (``take``), how a restore runs (``restor
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch.distributed import ProcessGroup
@@ -17,13 +16,13 @@ from torch.distributed import ProcessGroup
 from torchsnapshot import background, knobs
 from torchsnapshot.app_state import PrepareTensor, check_app_state
 from torchsnapshot.chunks import Encoding
-from torchsnapshot.errors import SnapshotError, SnapshotNotFoundError
 from torchsnapshot.distributed import group_of
 from torchsnapshot.elastic import MissingRank
+from torchsnapshot.errors import SnapshotError, SnapshotNotFoundError
 from torchsnapshot.event_handlers import logged_action
-from torchsnapshot.group_take import GroupTake
+from torchsnapshot.in_flight import Busy, InFlight, begin_take, note_in_flight
 from torchsnapshot.manifest import Entry, SnapshotMetadata
-from torchsnapshot.manifest_view import view
+from torchsnapshot.manifest_view import view, view_of_ranks
 from torchsnapshot.opening import Opened, list_below, open_snapshot, user_metadata_beside_head
 from torchsnapshot.read_object import read_object, read_state_dict
 from torchsnapshot.restore import RestoreOptions, restore
@@ -33,7 +32,7 @@ from torchsnapshot.store.check import Problem
 from torchsnapshot.store.envelope import Head
 from torchsnapshot.store.keys import SIGNPOST
 from torchsnapshot.store.repository import SnapshotInfo
-from torchsnapshot.take import Take, TakeOptions, open_take
+from torchsnapshot.take import TakeOptions
 from torchsnapshot.verify import Depth, verify_snapshot
 
 logger = logging.getLogger(__name__)
@@ -41,7 +40,6 @@ logger = logging.getLogger(__name__)
 SNAPSHOT_METADATA_FNAME = SIGNPOST
 
 T = TypeVar("T")
-Busy = Literal["wait", "skip", "overlap"]
 Rename = Callable[[str], str]
 
 
@@ -110,13 +108,15 @@ class Snapshot:
             ValueError: path, store or an option does not make sense.
             StoreError: the store refused. Whatever was committed before is unharmed.
         """
-        in_flight = _wait_or_skip(busy)
-        if in_flight is not None:
-            return cls(in_flight.path, pg, storage_options)
-        options = TakeOptions(replicated, storage_options, _custom_tensor_prepare_func, encoding, store, user_metadata)
+
+        def options() -> TakeOptions:
+            return TakeOptions(replicated, storage_options, _custom_tensor_prepare_func, encoding, store, user_metadata)
+
         with logged_action("take"):
-            with _open_take(path, app_state, options, pg) as take:
-                take.begin(in_background=False)
+            take = begin_take(path, app_state, options, pg, busy, in_background=False)
+            if isinstance(take, InFlight):
+                return cls(take.handle.path, pg, storage_options)
+            with take:
                 opened = take.commit()
         return cls._of(path, pg, storage_options, opened, take.stats)
 
@@ -140,17 +140,15 @@ class Snapshot:
         Arguments and errors are those of ``take``; what goes wrong after the return is raised by
         ``PendingSnapshot.wait``.
         """
-        in_flight = _wait_or_skip(busy)
-        if in_flight is not None:
-            return in_flight
-        options = TakeOptions(replicated, storage_options, _custom_tensor_prepare_func, encoding, store, user_metadata)
+
+        def options() -> TakeOptions:
+            return TakeOptions(replicated, storage_options, _custom_tensor_prepare_func, encoding, store, user_metadata)
+
         with logged_action("async_take"):
-            take = _open_take(path, app_state, options, pg)
-            try:
-                take.begin(in_background=True)
-            except BaseException:
-                take.close()
-                raise
+            take = begin_take(path, app_state, options, pg, busy, in_background=True)
+        if isinstance(take, InFlight):
+            earlier: PendingSnapshot = take.handle
+            return earlier
 
         def finish() -> Snapshot:
             with take:
@@ -163,7 +161,7 @@ class Snapshot:
             take.close()
             raise
         pending = PendingSnapshot(path, pg, take.stats, task)
-        _in_flight.append(pending)
+        note_in_flight(pending, task, group_of(pg).global_ranks)
         return pending
 
     @classmethod
@@ -218,7 +216,15 @@ class Snapshot:
             group = group_of(self.pg)
             allows_pickle = self._allows_pickle(allow_pickle)
             options = RestoreOptions(
-                strict, paths, rename, allows_pickle, device, missing_rank, group.rank, group.world_size
+                strict,
+                paths,
+                rename,
+                allows_pickle,
+                device,
+                missing_rank,
+                group.rank,
+                group.world_size,
+                group.global_ranks,
             )
             self.stats = restore(self._fresh(), statefuls, options)
 
@@ -233,8 +239,10 @@ class Snapshot:
         """Read one value.
 
         Args:
-            path: its key in the manifest: ``"<rank>/<key>/<path>"``.
-            obj_out: a tensor of the stored shape to read into; it is what is returned then.
+            path: its key in the manifest: ``"<rank>/<key>/<path>"``. What was replicated or sharded is there for every
+                rank, also for those that the take did not have.
+            obj_out: a tensor of the stored shape to read into; it is what is returned then. A tensor that is spread
+                over ranks is read into this rank's part of a ``DTensor``, or whole.
             memory_budget_bytes: bytes of buffers to use at most.
             allow_pickle: see ``restore``.
 
@@ -253,10 +261,12 @@ class Snapshot:
 
         Args:
             key: a key of the ``app_state`` that was taken.
-            replicate_from_rank0: read rank 0's state on every rank.
+            replicate_from_rank0: read rank 0's state on every rank. Else each rank reads its own; a rank that the take
+                did not have reads what was replicated or sharded.
             allow_pickle: see ``restore``.
         """
-        state: dict[Any, Any] = read_state_dict(self._fresh(), key, self._allows_pickle(allow_pickle))
+        rank = 0 if replicate_from_rank0 else group_of(self.pg).rank
+        state: dict[Any, Any] = read_state_dict(self._fresh(), key, rank, self._allows_pickle(allow_pickle))
         return state
 
     @staticmethod
@@ -272,7 +282,8 @@ class Snapshot:
         """Version, world size and manifest, as the old torchsnapshot shows them."""
         opened = self._open()
         head = opened.manifest.head
-        return SnapshotMetadata(head.library, head.world_size, view(opened.manifest.entries))
+        shown = view(opened.manifest.entries) if head.world_size == 1 else view_of_ranks(opened.manifest)
+        return SnapshotMetadata(head.library, head.world_size, shown)
 
     @property
     def head(self) -> Head:
@@ -386,35 +397,3 @@ class PendingSnapshot:
     def done(self) -> bool:
         """Whether the take has ended, with a snapshot or an error."""
         return self._task.done()
-
-
-_in_flight: list[PendingSnapshot] = []
-
-
-def _open_take(
-    path: str, app_state: Mapping[str, Any], options: TakeOptions, pg: ProcessGroup | None
-) -> Take | GroupTake:
-    statefuls = check_app_state(app_state)
-    group = group_of(pg)
-    if group.world_size > 1:
-        return GroupTake(group, path, statefuls, options)
-    return open_take(path, statefuls, options)
-
-
-def _wait_or_skip(busy: Busy) -> PendingSnapshot | None:
-    """Do what ``busy`` says about takes in flight; returns the one because of which this take is to be skipped."""
-    if busy not in ("wait", "skip", "overlap"):
-        raise ValueError(f"busy={busy!r}: allowed are 'wait', 'skip' and 'overlap'")
-    for pending in _in_flight:
-        pending._task.report_unheard()
-    _in_flight[:] = [pending for pending in _in_flight if not pending.done()]
-    if busy == "skip" and _in_flight:
-        return _in_flight[-1]
-    if busy == "wait":
-        for pending in _in_flight:
-            pending._task.wait_ended()
-    return None
-
-
-# the takes of a process are no business of its children
-os.register_at_fork(after_in_child=_in_flight.clear)

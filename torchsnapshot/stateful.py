@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import UserDict
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -18,6 +19,15 @@ class Stateful(Protocol):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state."""
+        ...
+
+
+@runtime_checkable
+class HasParameters(Protocol):
+    """A ``Stateful`` that says how tensors are spread that it does not have yet."""
+
+    def parameter_of(self, components: Sequence[str]) -> torch.Tensor | None:
+        """The parameter like which a tensor is spread, by the components of its path below the object's key."""
         ...
 
 

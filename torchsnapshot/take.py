@@ -13,26 +13,27 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, get_args
 
-from torchsnapshot import history, knobs
+from torchsnapshot import history, knobs, structure
 from torchsnapshot.app_state import PrepareTensor, read_state
 from torchsnapshot.bases import bases_of
-from torchsnapshot.buffers import size_class
 from torchsnapshot.chunks import ChunkWriter, Encoding
-from torchsnapshot.engine import Mode, Run, submit
-from torchsnapshot.entries import MAX_INLINE_NBYTES, USER_METADATA, StoredManifest, ValueEntry, pack_entries
+from torchsnapshot.engine import Run
+from torchsnapshot.entries import MAX_INLINE_NBYTES, USER_METADATA, Entry, StoredManifest, ValueEntry, pack_entries
 from torchsnapshot.flatten import Node
 from torchsnapshot.meter import EncodingMeter
 from torchsnapshot.opening import Opened
 from torchsnapshot.plan import SMALL_CHUNK_NBYTES, TakePlan, build_entries, plan_take
 from torchsnapshot.repack import lonely_chunks, move
+from torchsnapshot.staging import submit_take, wait_staged, warm_up
 from torchsnapshot.stateful import Stateful
 from torchsnapshot.stats import Stats
 from torchsnapshot.store.backend import StorageOptions
-from torchsnapshot.store.envelope import Head, pack_manifest, user_metadata_fits
+from torchsnapshot.store.envelope import ChunkTable, Head, pack_manifest, user_metadata_fits
 from torchsnapshot.store.known import Known, known_for_take
 from torchsnapshot.store.leases import TakeSession, start_take
 from torchsnapshot.store.locate import place_for_take
 from torchsnapshot.store.repository import Repository
+from torchsnapshot.structure import Structure
 from torchsnapshot.take_jobs import ChunkJob, GroupJob
 from torchsnapshot.values import encode
 from torchsnapshot.version import __version__
@@ -81,14 +82,22 @@ def open_take(path: str, statefuls: Mapping[str, Stateful], options: TakeOptions
     return Take(repository, place.name, options, stats, nodes)
 
 
-def _wait_staged(run: Run) -> None:
-    """Return when the caller may change its tensors: all of them are staged, or the run has failed."""
-    try:
-        run.wait_staged()
-    except Exception:
-        # whether a put fails before or after the last tensor was staged is chance; commit raises it in both cases
-        if not run.done:
-            raise
+def chunk_writer(
+    repository: Repository, take_id: str, rank: int, encoding: Encoding, *, in_background: bool
+) -> ChunkWriter:
+    """What stores the new chunks of one take of one rank, with what the process knows of bases."""
+    bases = bases_of(repository.store_id)
+    if encoding != "raw":
+        bases.begin_take(knobs.get_base_memory_bytes(bases.held_nbytes))
+    return ChunkWriter(
+        repository,
+        take_id,
+        rank,
+        encoding,
+        meter=EncodingMeter(in_background=in_background),
+        bases=bases,
+        reads_bases=repository.backend.is_local,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +127,7 @@ class Take:
         self._session: TakeSession | None = None
         self._run: Run | None = None
         self._work: _Work | None = None
+        self._structure: Structure | None = None
 
     def begin(self, *, in_background: bool) -> None:
         """Put the lease, plan, and hand the work to the engine.
@@ -138,37 +148,25 @@ class Take:
                 previous = history.Remembered.of_manifest(StoredManifest(known.newest, repository.read_table))
             chunk_nbytes = knobs.get_chunk_size_bytes(repository.chunk_nbytes)
             small_nbytes = 0 if knobs.is_batching_disabled() else min(SMALL_CHUNK_NBYTES, chunk_nbytes)
-            plan = plan_take(self._nodes, previous, chunk_nbytes, small_nbytes)
-            writer = self._writer(session, in_background)
+            plan = self._plan(previous, chunk_nbytes, small_nbytes)
+            writer = chunk_writer(repository, session.take_id, 0, self._options.encoding, in_background=in_background)
         jobs: list[ChunkJob | GroupJob] = [GroupJob(group, known, writer) for group in plan.groups]
         jobs.extend(ChunkJob(chunk, known, writer) for chunk in plan.large)
-        # buffers are larger than what they hold, and one that does not fit would have to wait for a put
-        buffers_nbytes = sum(size_class(job.nbytes) for job in jobs)
         with stats.phase("stage" if in_background else "write"):
-            run = self._run = submit(
-                jobs,
-                budget=knobs.get_staging_budget_bytes(buffers_nbytes)
-                if in_background
-                else knobs.get_memory_budget_bytes(),
-                num_workers=max(knobs.get_num_threads(), repository.backend.concurrency),
-                mode=Mode.STAGE_FIRST if in_background else Mode.THROUGH,
-            )
-            _wait_staged(run) if in_background else run.wait()
+            run = self._run = submit_take(jobs, concurrency=repository.backend.concurrency, in_background=in_background)
+            wait_staged(run) if in_background else run.wait()
         self._work = _Work(session, parent, previous, known, plan, writer, run)
 
-    def _writer(self, session: TakeSession, in_background: bool) -> ChunkWriter:
-        bases = bases_of(self.repository.store_id)
-        if self._options.encoding != "raw":
-            bases.begin_take(knobs.get_base_memory_bytes(bases.held_nbytes))
-        return ChunkWriter(
-            self.repository,
-            session.take_id,
-            0,
-            self._options.encoding,
-            meter=EncodingMeter(in_background=in_background),
-            bases=bases,
-            reads_bases=self.repository.backend.is_local,
-        )
+    def _plan(self, previous: history.Remembered, chunk_nbytes: int, small_nbytes: int) -> TakePlan:
+        """Cut the state into chunks; a state of the same structure as the last one with less work."""
+        known = structure.recall(self.repository.store_id)
+        plan = None if known is None else known.plan(self._nodes, previous, chunk_nbytes, small_nbytes)
+        if plan is None:
+            plan = plan_take(self._nodes, previous, chunk_nbytes, small_nbytes)
+            known = Structure.of(plan, chunk_nbytes, small_nbytes)
+            structure.remember(self.repository.store_id, known)
+        self._structure = known
+        return plan
 
     def commit(self) -> Opened:
         """Wait until every blob is durable, put the manifest, commit.
@@ -194,6 +192,7 @@ class Take:
         take_id = work.session.take_id
         work.known.learn(work.writer.refs, take_id)
         history.remember(self.repository.store_id, history.Remembered.of_plan(take_id, work.plan))
+        warm_up(work.run)
         manifest = StoredManifest(data, self.repository.read_table)
         return Opened(self.repository, self.name, ref, manifest)
 
@@ -206,12 +205,13 @@ class Take:
         stats.new_nbytes = sum(ref.nbytes for ref in new)
         stats.reused_nbytes = sum(chunk.nbytes for chunk in work.plan.chunks()) - stats.new_nbytes
         stats.stored_nbytes, stats.num_blobs = work.writer.stored_nbytes, work.writer.num_blobs
-        entries, table = build_entries(work.plan, rank=0)
         user_metadata = dict(self._options.user_metadata or {})
+        extra: dict[str, Entry] = {}
         if not user_metadata_fits(user_metadata):
             data = encode(user_metadata)
-            entries[f"0/{USER_METADATA}"] = ValueEntry(data, None, len(data))
+            extra[f"0/{USER_METADATA}"] = ValueEntry(data, None, len(data))
             user_metadata = {}
+        entries, table = self._entries(work.plan, extra)
         head = Head(
             take_id=work.session.take_id,
             store_id=self.repository.store_id,
@@ -228,9 +228,16 @@ class Take:
             library=__version__,
             user_metadata=user_metadata,
         )
-        data = pack_manifest(head, (table,), pack_entries(entries))
+        data = pack_manifest(head, (table,), entries)
         stats.manifest_nbytes = len(data)
         return data
+
+    def _entries(self, plan: TakePlan, extra: Mapping[str, Entry]) -> tuple[bytes, ChunkTable]:
+        """The entries section and the chunk table."""
+        if self._structure is not None and not extra:
+            return self._structure.pack(plan)
+        entries, table = build_entries(plan, rank=0)
+        return pack_entries({**entries, **extra}), table
 
     def close(self) -> None:
         """Stop what still runs and drop the lease. May be called at any point, more than once."""

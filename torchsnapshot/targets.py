@@ -113,7 +113,7 @@ class TargetFinder:
         if source.dtype == entry.dtype:
             if source.is_writable and all(self._claims(part, entry) for part in source.locals):
                 return Target(current, source.views(permutation), is_own=True)
-            self.mismatches.append(f"{path}: this rank's part cannot be written in place (expanded, or an inference tensor)")
+            self.mismatches.append(f"{path}: this rank's part cannot be written (expanded, or an inference tensor)")
             return None
         obstacle = next(filter(None, (why_inconvertible(entry.dtype, part) for part in source.locals)), None)
         if obstacle is not None:

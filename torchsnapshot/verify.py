@@ -145,7 +145,7 @@ def _check_bytes(
         progress.start("reading chunks", sum(ref.stored_nbytes for _, ref in wanted))
         jobs = [_CheckJob(sharing, ref, reader, findings) for sharing, ref in wanted]
         if jobs:
-            num_workers = max(knobs.get_num_threads(), repository.backend.concurrency)
+            num_workers = knobs.get_num_workers(repository.backend.concurrency)
             submit(jobs, num_workers=num_workers, budget=knobs.get_memory_budget_bytes()).wait()
         progress.finish()
     if findings.damaged:

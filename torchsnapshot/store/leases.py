@@ -93,7 +93,13 @@ class _Beat:
             # a daemon, so that a session that nobody ends holds up no exit; threads of a take that still runs are
             # joined before daemons stop, so its lease is kept alive until then
             self._thread = threading.Thread(target=self._run, name="torchsnapshot-lease", daemon=True)
-            self._thread.start()
+            try:
+                self._thread.start()
+            except BaseException:
+                # nobody would renew the lease, and nobody would delete it
+                self._thread = None
+                self._drop()
+                raise
 
     def beat(self) -> None:
         """One heartbeat."""

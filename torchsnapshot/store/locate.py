@@ -311,7 +311,8 @@ def _check_folders(place: Location) -> None:
     for folder in _candidates(place):
         if os.path.isdir(folder.url):
             return
-        if os.path.lexists(folder.url):
+        # asked last, as another take may be making the folder just now
+        if os.path.lexists(folder.url) and not os.path.isdir(folder.url):
             raise ValueError(
                 f"{place.url}: {folder.url} is a file, and a snapshot is a folder. Choose another path, or move that "
                 "file away"

@@ -142,6 +142,8 @@ def error_codes(error: BaseException) -> frozenset[str]:
     """HTTP statuses and the service's own codes, as text, of an error and of what caused it."""
     codes: set[str] = set()
     for each in _chain(error):
+        if "aiohttp.HttpProcessingError" in _class_names(each):
+            continue  # the client's own: an answer that broke off has 400 there, whatever the service said
         response = getattr(each, "response", None)
         if isinstance(response, dict):
             codes.add(str(response.get("Error", {}).get("Code", "")))
