@@ -74,7 +74,8 @@ def _run(part: str, options: argparse.Namespace) -> Result | None:
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     print(f" {time.perf_counter() - begin:.0f} s", flush=True)
     if done.returncode:
-        print(f"  {part} FAILED:\n{done.stderr}", file=sys.stderr)
+        # a negative status is the signal that ended it: -9 where memory ran out
+        print(f"  {part} FAILED with status {done.returncode}:\n{done.stderr}", file=sys.stderr)
         return None
     return Result.load(out)
 

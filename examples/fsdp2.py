@@ -18,6 +18,7 @@ import os
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -33,14 +34,14 @@ def join_group() -> None:
     if "RANK" in os.environ:
         dist.init_process_group(backend)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def newest(root: str) -> Snapshot | None:
     """The newest snapshot; rank 0 looks, so that all ranks see the same one."""
-    found = [None]
+    found: list[str | None] = [None]
     if dist.get_rank() == 0:
         latest = Snapshot.latest(root)
         found = [None if latest is None else latest.path]
@@ -63,7 +64,7 @@ def train(root: str, num_steps: int, every: int, width: int) -> None:
     model = nn.Sequential(nn.Linear(2, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1))
     model.to(device)
     mesh = init_device_mesh(device.type, (world_size,))
-    for layer in model[::2]:
+    for layer in list(model)[::2]:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -78,7 +79,7 @@ def train(root: str, num_steps: int, every: int, width: int) -> None:
     while progress["step"] < num_steps:
         points, values = part_of_batch(progress["step"], device)
         loss = nn.functional.mse_loss(model(points), values)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
         progress["step"] += 1

@@ -20,7 +20,7 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor, init_from_loc
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
-from torchsnapshot import Snapshot, StateDict
+from torchsnapshot import RNGState, Snapshot, StateDict
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int16, torch.float64]
 
@@ -515,6 +515,15 @@ def take_pipeline(root: str) -> list[str]:
     return wrong
 
 
+def take_tensor_parallel(root: str) -> None:
+    """Tensor parallelism twice over: two meshes that share no rank hold the very same tensors."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    whole = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    model = parallelize_module(Net("tp"), whole["tp"], {"a": ColwiseParallel(), "b": RowwiseParallel()})
+    Snapshot.take(f"{root}/tp", {"model": model, "optim": stepped(model, "adamw")})
+
+
 def restore_pipeline(root: str) -> list[str]:
     """Any number of stages that there can be here, from two: plain ones only if they are as many, others always."""
     from torchsnapshot.tricks import ModelState
@@ -617,7 +626,13 @@ def state_dicts_of_torch(root: str) -> list[str]:
     return wrong
 
 
-SUB_MESHES: list[tuple[str, list[int]]] = [("low", [0, 1]), ("high", [3, 2]), ("one", [1]), ("all", [0, 1, 2, 3])]
+SUB_MESHES: list[tuple[str, list[int]]] = [
+    ("low", [0, 1]),
+    ("high", [3, 2]),
+    ("one", [1]),
+    ("all", [0, 1, 2, 3]),
+    ("too", [0, 1, 2, 3]),
+]
 
 
 def sub_mesh_state(*, zero: bool) -> StateDict:
@@ -640,7 +655,31 @@ def sub_meshes(root: str) -> list[str]:
 
 
 def restore_sub_meshes(root: str) -> list[str]:
-    """Each rank gets what it has a place for."""
+    """Each rank gets what it has a place for; what all ranks had needs a place on every rank."""
+    homeless = sub_mesh_state(zero=True)
+    del homeless["all"]
+    try:
+        Snapshot(f"{root}/sub").restore({"s": homeless})
+    except Exception as error:
+        if type(error).__name__ != "MismatchError" or "s/all: it is spread over ranks" not in str(error):
+            return [repr(error)]
+    else:
+        return ["no error"]
     state = sub_mesh_state(zero=True)
     Snapshot(f"{root}/sub").restore({"s": state})
     return [name for name, _ in SUB_MESHES if name in state and not is_whole(state[name], content(name, (21, 5)))]
+
+
+def take_private(root: str) -> None:
+    """What ranks have for themselves, beside what they share."""
+    rank, _ = here()
+    torch.manual_seed(rank)
+    state: dict[str, Any] = {
+        "s": StateDict(t=content("t", (900,)), n=7, mine=content(f"mine {rank}", (900,)), word=f"of {rank}"),
+        "l": StateDict(l=[content("t", (900,)), content(f"mine {rank}", (900,))]),
+        "v": StateDict(epoch=3, rank=rank),
+        "rng": RNGState(),
+    }
+    if rank == 1:
+        state["only"] = StateDict(t=content("only", (900,)))
+    Snapshot.take(f"{root}/private", state)

@@ -78,7 +78,9 @@ class Deadly(StateDict):
 def deaths(root: str, told: str) -> None:
     """Groups that lose a member each: the ones before are always without those that died."""
     be_impatient()
-    groups = {members: dist.new_group(list(members)) for members in [(0, 1, 2, 3), (0, 1, 2), (0, 1), (1, 4, 5), (4, 5)]}
+    groups = {
+        members: dist.new_group(list(members)) for members in [(0, 1, 2, 3), (0, 1, 2), (0, 1), (1, 4, 5), (4, 5)]
+    }
     rank = dist.get_rank()
     seen: dict[str, list[Any]] = {}
 
@@ -243,7 +245,7 @@ def deaths_of_stores(root: str, folder: str) -> dict[str, list[Any]]:
 
 
 def test_the_ok_is_the_verdict(tmp_path: Path) -> None:
-    """A rank that loses the store after it reported durable learns from the snapshot's store what became of the take."""
+    """A rank that loses the others after it reported durable learns from the store what became of the take."""
     outcomes = launch(
         2, deaths_of_stores, args=[str(tmp_path / "root"), str(tmp_path)], backend=None, agent_store=False
     )

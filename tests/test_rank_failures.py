@@ -128,9 +128,9 @@ def failures(root: str) -> dict[str, Any]:
         fails(f"{name} kind", broken(object()), take)
         for number in range(3):
             with puts_fail(number, 0, lambda: StoreFullError("disk full"), BLOBS):
-                seen[f"{name} full {number}"] = told(lambda: take(f"{root}/full", state_of(rank, version + 0.5)))
+                seen[f"{name} full {number}"] = told(lambda: take(f"{root}/full", state_of(rank, version + 0.5)))  # noqa: B023
         with puts_fail(2, 1, lambda: StoreUnavailableError("second put"), BLOBS):
-            seen[f"{name} second put"] = told(lambda: take(f"{root}/second", state_of(rank, version + 0.7)))
+            seen[f"{name} second put"] = told(lambda: take(f"{root}/second", state_of(rank, version + 0.7)))  # noqa: B023
         take_works(root, f"{name} after puts", version + 0.9)
         with puts_fail(0, 0, lambda: StoreFullError("no manifest"), f"failed-{name} manifest"):
             fails(f"{name} manifest", lambda version: state_of(rank, version), take)
@@ -154,8 +154,10 @@ def committed_after_failures(root: str) -> list[str]:
 
 
 def test_any_failure_ends_the_take_everywhere(tmp_path: Path) -> None:
-    """state_dict, an impossible value, a full disk, a put, the manifest: every rank is told who, and nothing is left."""
-    outcomes = succeed(launch(3, failures, committed_after_failures, args=[str(tmp_path / "root")], environment=SMALL_CHUNKS))
+    """Whatever fails on one rank, from state_dict to the manifest: every rank is told who, and nothing is left."""
+    outcomes = succeed(
+        launch(3, failures, committed_after_failures, args=[str(tmp_path / "root")], environment=SMALL_CHUNKS)
+    )
     for outcome in outcomes:
         seen = outcome.result(0)
         for name in ("sync", "async"):

@@ -111,9 +111,11 @@ def test_sharded_models_resume_anywhere(tmp_path: Path) -> None:
 def test_pipelines_are_cut_anew(tmp_path: Path) -> None:
     """Stages that hold other tensors under the same names stay apart; with ModelState any number of stages goes."""
     root = str(tmp_path)
-    for outcome in succeed(launch(4, rank_states.take_pipeline, rank_states.restore_pipeline, args=[root])):
+    functions = (rank_states.take_pipeline, rank_states.restore_pipeline, rank_states.take_tensor_parallel)
+    for outcome in succeed(launch(4, *functions, args=[root])):
         assert outcome.result() == []
         assert outcome.result(1) == []
+        outcome.result(2)
     for outcome in succeed(launch(2, rank_states.restore_pipeline, args=[root])):
         assert outcome.result() == []
     for kind in ("adamw", "sgd"):
@@ -128,6 +130,13 @@ def test_pipelines_are_cut_anew(tmp_path: Path) -> None:
     whole = rank_states.Stage(range(4), "pp")
     rank_states.stepped(whole, "adamw")
     assert rank_states.differences(bare.state_dict(), whole.state_dict()) == []
+    # two meshes with the same tensors are replicas, not stages
+    net, expected = rank_states.Net("other"), rank_states.Net("tp")
+    optimizer = torch.optim.AdamW(net.parameters())
+    Snapshot(f"{root}/tp").restore({"model": net, "optim": optimizer})
+    reference = rank_states.stepped(expected, "adamw")
+    assert rank_states.differences(net.state_dict(), expected.state_dict()) == []
+    assert rank_states.differences(optimizer.state_dict(), reference.state_dict()) == []
 
 
 def test_other_ways_to_give_state(tmp_path: Path) -> None:

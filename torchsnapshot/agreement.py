@@ -13,7 +13,7 @@ Invariant: every leaf is reported by exactly one rank, or by every rank that has
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -128,34 +128,46 @@ def decide(messages: Sequence[bytes | memoryview]) -> list[Answer]:
         others = bytes(Duty.ELSEWHERE if duty == Duty.OWN else duty for duty in duties)
         return [Answer(others if rank else duties, []) for rank in range(len(messages))]
     sums = [unpack_sums(message) for message in messages]
-    holders: dict[bytes, list[tuple[int, bytes]]] = {}
+    places: dict[bytes, _Place] = {}
     for rank, mine in enumerate(sums):
         for each in mine:
-            holders.setdefault(each.key, []).append((rank, each.digest))
-    return [_answer(rank, mine, holders, len(messages)) for rank, mine in enumerate(sums)]
+            place = places.get(each.key)
+            if place is None:
+                places[each.key] = _Place(rank, each.digest)
+                continue
+            place.num_holders += 1
+            if place.other is None and place.digest != each.digest:
+                place.other = rank
+    return [_answer(rank, mine, places, len(messages)) for rank, mine in enumerate(sums)]
+
+
+@dataclass(slots=True)
+class _Place:
+    """Who holds something at one place: the first rank, with what, and the first one that holds something else."""
+
+    first: int
+    digest: bytes
+    num_holders: int = 1
+    other: int | None = None
 
 
 def _only_duty(each: LeafSum) -> Duty:
     return Duty.OWN if each.holding is Holding.SHARDED else Duty.REPLICATED
 
 
-def _answer(
-    rank: int, sums: Sequence[LeafSum], holders: dict[bytes, list[tuple[int, bytes]]], world_size: int
-) -> Answer:
+def _answer(rank: int, sums: Sequence[LeafSum], places: Mapping[bytes, _Place], world_size: int) -> Answer:
     duties = bytearray()
     conflicts: list[tuple[int, int]] = []
     for index, each in enumerate(sums):
-        held = holders[each.key]
-        first_rank, first_digest = held[0]
-        is_on_all = len(held) == world_size
-        differs = next((other for other, digest in held if digest != each.digest), None)
+        place = places[each.key]
+        is_on_all = place.num_holders == world_size
         must_be_equal = each.holding is Holding.SHARDED or (each.holding is Holding.DECLARED and is_on_all)
-        if differs is not None and must_be_equal:
+        if place.other is not None and must_be_equal:
             duties.append(Duty.CONFLICT)
-            conflicts.append((index, differs if first_digest == each.digest else first_rank))
+            conflicts.append((index, place.other if place.digest == each.digest else place.first))
         elif each.holding is Holding.SHARDED:
-            duties.append(Duty.OWN if rank == first_rank else Duty.ELSEWHERE)
-        elif is_on_all and differs is None:
+            duties.append(Duty.OWN if rank == place.first else Duty.ELSEWHERE)
+        elif is_on_all and place.other is None:
             duties.append(Duty.REPLICATED)
         else:
             duties.append(Duty.OWN)

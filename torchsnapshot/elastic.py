@@ -10,9 +10,9 @@ random state is the exception: a new rank starts with rank 0's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torchsnapshot.entries import (
     ContainerEntry,
@@ -25,8 +25,9 @@ from torchsnapshot.entries import (
     component_of,
     entries_below,
     spans_of,
+    unescape,
 )
-from torchsnapshot.errors import MismatchError
+from torchsnapshot.errors import FormatError, MismatchError
 from torchsnapshot.kinds import KINDS
 from torchsnapshot.stages import (
     Keeps,
@@ -38,6 +39,7 @@ from torchsnapshot.stages import (
     source_of,
     stages_of,
 )
+from torchsnapshot.values import NotPlain, decode, encode
 
 MissingRank = Literal["drop", "rank0"]
 """What to do about leaves of ranks that there are not, or no longer: leave them out, or take rank 0's."""
@@ -81,7 +83,7 @@ def entries_for(
     if by_number is None and (others or reader.is_staged):
         keeps = _rule(manifest, reader, num_stages=len(stages))
         found = merged([entries_below(manifest, path, rank) for rank in [source, *others]], path, keeps)
-        private = {each: ranks for each, ranks in private.items() if each in found or not reader.is_staged}
+        private = {each: ranks for each, ranks in private.items() if reader.has_place(each) or not reader.is_staged}
     else:
         found = entries_below(manifest, path, source)
     if private and missing_rank is None:
@@ -143,7 +145,12 @@ def selectable_entries(
     if private and missing_rank is None:
         raise MismatchError(without_place(private, stored_size, reader.world_size))
     is_dropped = reader.rank >= stored_size and missing_rank == "drop"
-    return {each: entry for each, entry in found.items() if not (is_dropped and each in private)}
+    if not is_dropped:
+        return found
+    kept = {each: entry for each, entry in found.items() if each not in private}
+    for each in private.keys() - found.keys():
+        _drop_inside(kept, each)
+    return kept
 
 
 def without_place(private: Mapping[str, Collection[int]], stored_size: int, world_size: int) -> str:
@@ -183,7 +190,50 @@ def private_leaves(
             if len(group) < stored_size and _is_held_alike(manifest, each, group):
                 continue
             found.setdefault(each, []).append(rank)
+    refined: dict[str, list[int]] = {}
+    for each, ranks in found.items():
+        refined.update(dict.fromkeys(_differing(manifest, each, group), ranks))
+    return refined
+
+
+def _differing(manifest: StoredManifest, path: str, ranks: Collection[int]) -> list[str]:
+    """What differs between ranks at a leaf: of plain dicts the places inside, else the leaf."""
+    values = [_plain_dict(manifest.entries_of(rank).get(path)) for rank in sorted(ranks)]
+    dicts = [value for value in values if value is not None]
+    return _places_that_differ(path, dicts) if len(dicts) == len(values) else [path]
+
+
+def _places_that_differ(path: str, dicts: Sequence[Mapping[Any, Any]]) -> list[str]:
+    found: list[str] = []
+    # a key may be missing on some ranks; it has the same component on all
+    keys = list(dict.fromkeys(key for each in dicts for key in each))
+    for key, component in zip(keys, component_of(keys), strict=True):
+        inside = [each.get(key, _MISSING) for each in dicts]
+        if all(type(value) is dict for value in inside) and all(map(_has_names, inside)):
+            found += _places_that_differ(f"{path}/{component}", inside)
+        elif any(value is _MISSING for value in inside) or len({encode(value) for value in inside}) > 1:
+            found.append(f"{path}/{component}")
     return found
+
+
+_MISSING: Any = object()
+
+
+def _has_names(value: Mapping[Any, Any]) -> bool:
+    return all(type(key) is str for key in value)
+
+
+def _plain_dict(entry: Entry | None) -> dict[str, Any] | None:
+    """The dict that a leaf holds, if it can be read here and now and its keys are names."""
+    if not isinstance(entry, ValueEntry) or entry.data is None:
+        return None
+    try:
+        value = decode(entry.data)
+        # what needs a class of the application to be read is left in one piece
+        is_whole = type(value) is dict and _has_names(value) and encode(value) == entry.data
+    except (FormatError, NotPlain):
+        return None
+    return value if is_whole else None
 
 
 def _is_held_alike(manifest: StoredManifest, path: str, ranks: Collection[int]) -> bool:
@@ -202,6 +252,9 @@ def without(entries: Mapping[str, Entry], dropped: Collection[str]) -> dict[str,
     """Leave leaves out, and their keys out of their containers; a sequence cannot spare one."""
     kept = {path: entry for path, entry in entries.items() if path not in dropped}
     for path in dropped:
+        if path not in entries:
+            _drop_inside(kept, path)
+            continue
         parent, _, _ = path.rpartition("/")
         container = entries.get(parent)
         if not isinstance(container, ContainerEntry):
@@ -221,3 +274,22 @@ def without(entries: Mapping[str, Entry], dropped: Collection[str]) -> dict[str,
             if len(keys) != len(entry.keys):
                 kept[path] = ContainerEntry(entry.kind, tuple(keys), entry.extra)
     return kept
+
+
+def _drop_inside(entries: dict[str, Entry], path: str) -> None:
+    """Leave a place out that is inside of a leaf."""
+    origin, _, name = path.rpartition("/")
+    names = [unescape(name)]
+    while origin and origin not in entries:
+        origin, _, name = origin.rpartition("/")
+        names.append(unescape(name))
+    value = _plain_dict(entries.get(origin))
+    if value is None:
+        return
+    parent = value
+    for each in reversed(names[1:]):
+        parent = parent[each]
+    # the first rank may be one of those that lack it
+    parent.pop(names[0], None)
+    data = encode(value)
+    entries[origin] = ValueEntry(data, None, len(data))

@@ -17,7 +17,7 @@ longer hear rank 0 looks for it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -31,9 +31,9 @@ from torchsnapshot.engine import Job, Run, submit
 from torchsnapshot.entries import ContainerEntry
 from torchsnapshot.errors import CommitUnknownError, LeaseLostError, SnapshotError
 from torchsnapshot.flatten import ShardedLeaf
-from torchsnapshot.group_decisions import FIGURES, Decisions, pack_refs
+from torchsnapshot.group_decisions import FIGURES, Decisions, pack_exchange, pack_refs, pack_report
 from torchsnapshot.group_jobs import HashJob, PutJob, PutPackJob
-from torchsnapshot.messages import CoordinationLost, pack, unpack
+from torchsnapshot.messages import CoordinationLost, pack, squeeze, unpack, unsqueeze
 from torchsnapshot.opening import Opened
 from torchsnapshot.plan import SMALL_CHUNK_NBYTES, Chunk, Leaf, TakePlan, grouped, plan_take
 from torchsnapshot.replicas import declared_globs, is_declared
@@ -69,6 +69,8 @@ class _Agreed:
     encoding: Encoding
     is_memory_common: bool
     """Whether all ranks remember the same take of this store, so that they may plan with what they remember."""
+    known_trees: Collection[bytes]
+    """Digests of trees that rank 0 need not be sent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,8 @@ class _Work:
     """What of this other ranks hold, too."""
     has_shared: bool
     """Whether any rank writes what others hold, too."""
+    announcement: bytes
+    """What this rank has told of what is new to it."""
 
 
 class GroupTake:
@@ -170,10 +174,12 @@ class GroupTake:
             answer, _ = unpack(session.round("agree", mine, self._decisions.agree))
         if answer is None:
             return None
-        root, name, take_id, sets, sweeps, usable, globs, encoding, is_memory_common = answer
+        root, name, take_id, sets, sweeps, usable, globs, encoding, is_memory_common, known_trees = answer
         lease = self._decisions.lease
         if lease is not None:
-            return _Agreed(lease.repository, name, take_id, lease.evidence, globs, encoding, is_memory_common)
+            return _Agreed(
+                lease.repository, name, take_id, lease.evidence, globs, encoding, is_memory_common, known_trees
+            )
         with self.stats.phase("open"):
             backend = open_backend(root, options.storage_options, durable=knobs.is_durable())
             repository = Repository.create_or_open(backend)
@@ -184,7 +190,7 @@ class GroupTake:
                 logger.info("a condemned set is gone or unreadable, so this rank reuses nothing: %s", error)
                 condemned, usable = frozenset(), False
         evidence = Evidence(frozenset(sweeps), condemned, usable, tuple(sets))
-        return _Agreed(repository, name, take_id, evidence, globs, encoding, is_memory_common)
+        return _Agreed(repository, name, take_id, evidence, globs, encoding, is_memory_common, known_trees)
 
     def _hash(self, session: Session, plan: TakePlan, known: Known) -> None:
         jobs: list[Job] = [HashJob(group, known) for group in plan.groups]
@@ -195,13 +201,18 @@ class GroupTake:
 
     def _exchange(self, session: Session, agreed: _Agreed, known: Known, plan: TakePlan, writer: ChunkWriter) -> _Work:
         leaves = [leaf for leaf in plan.leaves if not isinstance(leaf.node, ContainerEntry)]
-        sums = [agreement.sum_of(leaf, declared=is_declared(leaf.path, agreed.globs)) for leaf in leaves]
+        told = [leaf for leaf in leaves if agreement.may_have_other_holders(leaf)]
+        sums = [agreement.sum_of(leaf, declared=is_declared(leaf.path, agreed.globs)) for leaf in told]
         new = list(dict.fromkeys((chunk.digest, chunk.nbytes) for chunk in plan.chunks() if chunk.ref is None))
-        message = pack(None, [ownership.pack_contents(new), agreement.pack_sums(sums)])
+        announcement = ownership.pack_contents(new)
+        message = pack_exchange(announcement, agreement.pack_sums(sums))
         answer = session.round("exchange", message, self._decisions.exchange)
+        control, _ = unpack(answer)
+        if isinstance(control, bool):
+            answer = session.round("lists", squeeze(announcement) if control else b"", self._decisions.lists)
         (conflicts, has_shared), (what_to_put, what_to_report) = unpack(answer, 2)
         if conflicts:
-            raise SnapshotError(self._describe(conflicts, leaves))
+            raise SnapshotError(self._describe(conflicts, told))
         duty = ownership.unpack_duty(bytes(what_to_put), len(new))
         own = [
             (content, is_shared)
@@ -213,10 +224,12 @@ class GroupTake:
             known,
             plan,
             writer,
-            {leaf.path: Duty(number) for leaf, number in zip(leaves, what_to_report, strict=True)},
+            dict.fromkeys((leaf.path for leaf in leaves), Duty.OWN)
+            | {leaf.path: Duty(number) for leaf, number in zip(told, what_to_report, strict=True)},
             frozenset(content for content, _ in own),
             [content for content, is_shared in own if is_shared],
             has_shared,
+            announcement,
         )
 
     def _describe(self, conflicts: Sequence[tuple[int, int]], leaves: Sequence[Leaf]) -> str:
@@ -281,10 +294,12 @@ class GroupTake:
         stored: dict[Content, ChunkRef] = {(ref.digest, ref.nbytes): ref for ref in work.writer.refs}
         if work.has_shared:
             with self.stats.phase("places"):
-                answer = session.round(
-                    "places", pack_refs(stored[content] for content in work.shared), self._decisions.places
-                )
-                stored |= {(ref.digest, ref.nbytes): ref for ref in ChunkTable.unpack(answer).iter_refs()}
+                refs = pack_refs(stored[content] for content in work.shared)
+                answer = session.round("places", squeeze(refs, work.announcement), self._decisions.places)
+                stored |= {
+                    (ref.digest, ref.nbytes): ref
+                    for ref in ChunkTable.unpack(unsqueeze(answer, work.announcement)).iter_refs()
+                }
         for chunk in work.plan.chunks():
             if chunk.ref is None:
                 chunk.ref = stored[chunk.digest, chunk.nbytes]
@@ -307,13 +322,8 @@ class GroupTake:
             "num_chunks": sum(len(leaf.chunks) for leaf in counted),
         }
         report = assembly.report_of(plan, work.duties, self._group.rank)
-        regions = [
-            leaf.path
-            for leaf in plan.leaves
-            if isinstance(leaf.node, ShardedLeaf) and work.duties[leaf.path] is not Duty.ELSEWHERE
-        ]
-        control = [[figures[name] for name in FIGURES], chunk_nbytes, dict(report.private), regions]
-        return pack(control, [report.table, report.tree])
+        numbers = [figures[name] for name in FIGURES]
+        return pack_report(numbers, chunk_nbytes, report, work.announcement, work.agreed.known_trees)
 
     def _counts(self, duty: Duty | None) -> bool:
         return duty is Duty.OWN or (duty is Duty.REPLICATED and self._group.rank == 0)
@@ -372,6 +382,9 @@ class _reported:
         if error is None or isinstance(error, CoordinationLost):
             return
         raised = self._session.fail(error)
-        # an interrupt is told to the others, but remains an interrupt here; a lost lease is a matter of its holder
-        if raised is not error and isinstance(error, Exception) and not isinstance(error, LeaseLostError):
+        if isinstance(raised.__cause__, LeaseLostError):
+            # to its holder it is what it is; the others are told what happened to rank 0
+            raise raised.__cause__
+        # an interrupt is told to the others, but remains an interrupt here
+        if raised is not error and isinstance(error, Exception):
             raise raised

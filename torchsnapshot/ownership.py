@@ -104,7 +104,7 @@ def assign(announcements: Sequence[bytes]) -> list[Duty]:
     duties: dict[int, Duty] = {}
     for crew, contents in enumerate(lists):
         if holders.keys().isdisjoint(contents):
-            duties[members[crew][0]] = Duty([True] * len(contents), [False] * len(contents))
+            duties.update((rank, Duty([True] * len(contents), [False] * len(contents))) for rank in members[crew])
             continue
         flags = [content in holders for content in contents]
         for rank in members[crew]:

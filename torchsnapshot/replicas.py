@@ -43,5 +43,8 @@ def agreed_globs(globs: Iterable[Sequence[str]]) -> list[str]:
 
 
 def is_declared(path: str, globs: Sequence[str]) -> bool:
-    """Whether a path is said to be replicated; ``*`` and ``**`` both cross ``/``."""
-    return any(fnmatchcase(path, glob) for glob in globs)
+    """Whether a path is said to be replicated; ``*`` and ``**`` both cross ``/``.
+
+    A leaf that is a whole subtree of plain values is, too, where all below it are.
+    """
+    return any(fnmatchcase(path, glob) or fnmatchcase(f"{path}/", glob) for glob in globs)

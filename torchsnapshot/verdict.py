@@ -4,8 +4,8 @@ What lives here: the wait of a rank that has reported that its blobs are durable
 doesn't: hearing (``sessions``), the commit itself (``store.commit``), when one has to look (``group_take``).
 
 A take is committed by its ``.ok`` and ended when its lease is gone; nothing is committed afterwards. So a rank looks
-for both until one of them decides. A lease of a process that is no more stays behind: it counts as gone once that process
-is known to be gone, or once nobody has renewed it for several heartbeats.
+for both until one of them decides. A lease of a process that is no more stays behind: it counts as gone once that
+process is known to be gone, or once nobody has renewed it for several heartbeats.
 """
 
 from __future__ import annotations

@@ -38,7 +38,8 @@ def explain(key: str, stored: Collection[str], wanted: Collection[str]) -> str |
         return None
     return (
         f"{key}: its names differ from those in the snapshot only by {' and '.join(found)}: {there!r} is stored, "
-        f"{here!r} is here. {_cure(key, here, there)}, or take and restore with tricks.ModelState(model), whose names have none"
+        f"{here!r} is here. {_cure(key, here, there)}, or take and restore with tricks.ModelState(model), whose names "
+        "have none of them"
     )
 
 
