@@ -16,7 +16,10 @@ from benchmarks import machine, plot
 from benchmarks.part import PEERS, REPOSITORY
 from benchmarks.report import MISSED, Line, Result, table
 
-PARTS = ("take", "async_stall", "training", "restore", "stored_bytes", "small", "gc_scale", "s3", "chunk_size")
+PARTS = (
+    "take", "async_stall", "training", "restore", "stored_bytes", "small", "gc_scale", "s3", "chunk_size", "ranks",
+    "ranks_simulated",
+)  # fmt: skip
 RESULTS = REPOSITORY / "benchmarks" / "results"
 REFERENCE = RESULTS / "reference.json"
 PICTURE = REPOSITORY / "docs" / "images" / "training.svg"

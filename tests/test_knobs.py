@@ -293,3 +293,28 @@ def test_this_machine_has_cores_and_memory() -> None:
     """The readings of the real machine are positive."""
     assert knobs.available_cores() >= 1
     assert knobs.free_memory_nbytes() > 0
+
+
+def test_workers_of_a_run(machine: Callable[[dict[str, str]], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ranks of a machine share the requests that a store wants; an explicit limit takes the share's place."""
+    machine({})
+    assert knobs.get_num_workers(16) == 16
+    assert knobs.get_num_workers(4) == knobs.get_num_threads() == 8
+    monkeypatch.setenv(knobs.LOCAL_WORLD_SIZE, "4")
+    assert knobs.get_num_workers(16) == 4
+    monkeypatch.setenv(knobs.LOCAL_WORLD_SIZE, "100")
+    assert knobs.get_num_workers(16) == 1
+    with knobs.override_max_per_rank_io_concurrency(3):
+        assert knobs.get_num_workers(16) == 3
+
+
+def test_memory_of_a_run_is_shared_by_the_ranks_of_a_machine(
+    machine: Callable[[dict[str, str]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A synchronous run takes 256 MiB, less where the ranks together would take too much of the free memory."""
+    machine(MEMINFO)
+    assert knobs.get_memory_budget_bytes() == 256 * MIB
+    monkeypatch.setenv(knobs.LOCAL_WORLD_SIZE, "16")
+    assert knobs.get_memory_budget_bytes() == 128 * MIB
+    monkeypatch.setenv(knobs.LOCAL_WORLD_SIZE, "1000")
+    assert knobs.get_memory_budget_bytes() == 64 * MIB
