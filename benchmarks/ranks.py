@@ -100,7 +100,7 @@ def _note(result: Result, what: str, ranks: list[dict[str, Any]], has_peer: bool
 def _launch(world_size: int, kind: str, nbytes: int, options: Options) -> list[dict[str, Any]]:
     """What each rank has measured."""
     folder = new_folder(options.folder)
-    server = _c10d.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+    server = _c10d.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes = []
     for rank in range(world_size):
         environment = {
@@ -145,8 +145,8 @@ def _rank(folder: Path, kind: str, nbytes: int, rounds: int, peers: str) -> None
             for tensor in state.values():
                 tensor.add_(1)
             peer = folder / "dcp" / f"step_{number}"
-            _time(found, "DCP take", lambda: save(state, checkpoint_id=peer), number)  # type: ignore[attr-defined]  # noqa: B023
-            _time(found, "DCP restore", lambda: load(target, checkpoint_id=peer), number)  # type: ignore[attr-defined]  # noqa: B023
+            _time(found, "DCP take", lambda: save(state, checkpoint_id=peer), number)  # noqa: B023
+            _time(found, "DCP restore", lambda: load(target, checkpoint_id=peer), number)  # noqa: B023
         found["DCP nbytes"] = size_on_disk(folder / "dcp") // (rounds + 1)
         found["DCP peak_nbytes"] = max(0, _peak() - before)
     (folder / f"rank-{dist.get_rank()}.json").write_text(json.dumps(found))
