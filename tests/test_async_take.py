@@ -316,17 +316,20 @@ def test_failed_take_of_a_path_holds_up_no_later_one(root: Path, monkeypatch: py
     """The next take of the path commits when the failed one has ended."""
     put_blob = Repository.put_blob
     held = threading.Event()
+    reached = threading.Event()
     puts: list[str] = []
 
     def put(repository: Repository, key: str, data: Any, *, aligned: bool = False) -> None:
         puts.append(key)
         if len(puts) == 1:
+            reached.set()
             held.wait()
             raise StoreFullError("no space left")
         put_blob(repository, key, data, aligned=aligned)
 
     monkeypatch.setattr(Repository, "put_blob", put)
     first = begin(root / "best", {"t": torch.zeros(NUMEL)})
+    reached.wait()
     second = begin(root / "best", {"t": torch.ones(NUMEL)}, busy="overlap")
     held.set()
     second.wait()
