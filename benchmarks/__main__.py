@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,10 @@ PAGE = REPOSITORY / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- figures: written by --publish -->", "<!-- end of figures -->"
 
 
-def main() -> int:
-    """Run; returns the exit status: 1 if a part failed. A missed target is no failure of the benchmark."""
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=list(PARTS), help="which (default: all)")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"which (default: all): {', '.join(PARTS)}")
     parser.add_argument("--folder", type=Path, default=REPOSITORY / ".bench", help="on the disk to measure")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the JSON files go")
     parser.add_argument(
@@ -41,7 +42,17 @@ def main() -> int:
     parser.add_argument(
         "--publish", action="store_true", help=f"also write {REFERENCE.name}, {PAGE.name} and the README's plot"
     )
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    options.parts = options.parts or list(PARTS)
+    unknown = sorted(set(options.parts) - set(PARTS))
+    if unknown:
+        parser.error(f"no such part: {', '.join(unknown)}")
+    return options
+
+
+def main() -> int:
+    """Run; returns the exit status: 1 if a part failed. A missed target is no failure of the benchmark."""
+    options = parse()
     options.results.mkdir(parents=True, exist_ok=True)
     options.folder.mkdir(parents=True, exist_ok=True)
     facts = machine.describe(options.folder)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import plot
-from benchmarks.__main__ import PAGE, PARTS, with_figures
+from benchmarks.__main__ import PAGE, PARTS, parse, with_figures
 from benchmarks.limits import Limits, pieces_of
 from benchmarks.part import take_turns
 from benchmarks.peers import environments
@@ -195,3 +195,12 @@ def test_figures_replace_figures() -> None:
     twice = with_figures(once, "Measured there:", "| b |")
     assert twice == once.replace("Measured here:", "Measured there:").replace("| a |", "| b |")
     assert "## How it measures" in twice
+
+
+def test_without_a_part_all_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """No part named means every part; one that doesn't exist is an error that names it."""
+    assert parse([]).parts == list(PARTS)
+    assert parse(["take", "--quick"]).parts == ["take"]
+    with pytest.raises(SystemExit):
+        parse(["take", "nonsense"])
+    assert "no such part: nonsense" in capsys.readouterr().err
