@@ -286,11 +286,15 @@ def test_ranks_in_different_rounds() -> None:
 def test_a_rank_that_leaves_early_fails_the_next_round() -> None:
     """Nobody waits for a rank that is not coming any more, be it rank 0."""
     for leaver in (0, 1):
-        store = PlainStore()
+        store, agreed = PlainStore(), threading.Barrier(3)
 
-        def take(rank: int, leaver: int = leaver, store: PlainStore = store) -> None:
+        def take(
+            rank: int, leaver: int = leaver, store: PlainStore = store, agreed: threading.Barrier = agreed
+        ) -> None:
             with enter(store, rank, 3) as session:
                 session.round("agree", b"", lambda values: b"")
+                # a rank that has not read the answer yet may be told of the failure instead
+                agreed.wait()
                 if rank == leaver or rank == 2:
                     return
                 session.round("exchange", b"", lambda values: b"")

@@ -49,6 +49,24 @@ def puts_held_up() -> Iterator[threading.Event]:
         LocalBackend.put = put  # type: ignore[method-assign]
 
 
+class Watcher:
+    """Knows when a collector has begun to wait for the leases that it found."""
+
+    def __init__(self) -> None:
+        self.waits = threading.Event()
+
+    def start(self, label: str, total_nbytes: int | None = None) -> None:
+        """A piece of work begins."""
+        if label.startswith("waiting for"):
+            self.waits.set()
+
+    def advance(self, nbytes: int, items: int = 1) -> None:
+        """Not of interest."""
+
+    def finish(self) -> None:
+        """Not of interest."""
+
+
 def told(function: Any) -> list[Any]:
     """The error that a function raises: its type, which ranks failed, its message."""
     try:
@@ -137,9 +155,11 @@ def beside_a_collector(root: str) -> dict[str, Any]:
         seen["leases"] = [held.lease.name for held in read_leases(backend) if held.lease is not None]
         reports: list[Any] = []
         Snapshot(f"{root}/after-True").delete() if rank == 2 else None
-        collector = threading.Thread(target=lambda: reports.append(collect(root, wait=120)))
+        watcher = Watcher()
+        collector = threading.Thread(target=lambda: reports.append(collect(root, wait=120, progress=watcher)))
         if rank == 2:
             collector.start()
+            assert watcher.waits.wait(120)
         dist.barrier()
         go.set()
     pending.wait()
