@@ -12,7 +12,8 @@ from benchmarks.part import Options, Turns, new_folder, run_part, settle, take_t
 from benchmarks.peers.client import remove
 from benchmarks.report import SHOWN, Line, Result, megabytes, readable
 from benchmarks.states import FULL, QUICK, State
-from torchsnapshot import Snapshot, grid, knobs
+from torchsnapshot import Snapshot, knobs
+from torchsnapshot.geometry import grid
 
 SIZES = (1 << 20, 4 << 20, 16 << 20)
 CHANGED_ROWS = 0.01

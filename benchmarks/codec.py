@@ -15,8 +15,8 @@ from collections.abc import Callable
 
 import torch
 
-from torchsnapshot.buffers import map_pages
-from torchsnapshot.codecs import WORTHWHILE, Effort, borrow_scratch, choose, decode_into, encode
+from torchsnapshot.chunks.codecs import WORTHWHILE, Effort, borrow_scratch, choose, decode_into, encode
+from torchsnapshot.engine.buffers import map_pages
 
 
 def kinds(nbytes: int) -> dict[str, tuple[torch.Tensor, int]]:

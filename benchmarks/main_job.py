@@ -3,12 +3,12 @@
     python benchmarks/main_job.py [--folder DIR] [--rounds N] [--scale X] [--json]
 
 The state is a GPT's weights and their Adam moments (fp32). Every round takes it (1) into an empty root, (2) again
-unchanged, (3) with one tensor changed, then restores it over zeros and compares every tensor. ``torch.save`` writes the
-same state to a file, with fsync, and ``torch.load`` brings it back. "Bare disk" is one write of as many bytes from
-memory that is already there, with fsync, and one read into such memory: what no library can beat by much.
+unchanged, (3) with one tensor changed, then restores it over zeros and compares every tensor. ``torch.save`` writes
+the same state to a file, with fsync, and ``torch.load`` brings it back. "Bare disk" is one write of as many bytes
+from memory that is already there, with fsync, and one read into such memory: what no library can beat by much.
 
-The figures are medians over the rounds; the first round, which makes buffers and imports code, is left out. Before each
-read the page cache is asked to drop the files, for all three alike.
+The figures are medians over the rounds; the first round, which makes buffers and imports code, is left out. Before
+each read the page cache is asked to drop the files, for all three alike.
 """
 
 from __future__ import annotations

@@ -25,9 +25,11 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from benchmarks.part import REPOSITORY, Options, new_folder, run_part, size_on_disk
 from benchmarks.report import Line, Result, megabytes, readable
-from torchsnapshot import Snapshot, StateDict, grid, sessions
-from torchsnapshot.mesh_cells import cell_for
-from torchsnapshot.placements import Placement, Sharding
+from torchsnapshot import Snapshot, StateDict
+from torchsnapshot.coordination import sessions
+from torchsnapshot.geometry import grid
+from torchsnapshot.geometry.mesh_cells import cell_for
+from torchsnapshot.geometry.placements import Placement, Sharding
 
 WORLDS = (1, 2, 4)
 CHUNK_NBYTES = 4 << 20

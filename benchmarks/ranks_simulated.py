@@ -20,17 +20,18 @@ import xxhash
 
 from benchmarks.part import Options, run_part
 from benchmarks.report import Line, Result, verdict
-from torchsnapshot import agreement, assembly, grid, group_decisions, ownership
-from torchsnapshot.agreement import Duty
-from torchsnapshot.entries import ContainerEntry
-from torchsnapshot.flatten import ShardedLeaf, TensorLeaf
-from torchsnapshot.group_decisions import Decisions, pack_exchange, pack_report
-from torchsnapshot.host_views import host_view
-from torchsnapshot.messages import squeeze, unpack
-from torchsnapshot.placements import Placement, Sharding
-from torchsnapshot.plan import SMALL_CHUNK_NBYTES, Chunk, Leaf, TakePlan, grouped
-from torchsnapshot.sharded import ShardedSource
+from torchsnapshot.coordination.messages import squeeze, unpack
+from torchsnapshot.format.entries import ContainerEntry
+from torchsnapshot.geometry import grid
+from torchsnapshot.geometry.placements import Placement, Sharding
+from torchsnapshot.ranks import agreement, assembly, group_decisions, ownership
+from torchsnapshot.ranks.agreement import Duty
+from torchsnapshot.ranks.group_decisions import Decisions, pack_exchange, pack_report
+from torchsnapshot.state.flatten import ShardedLeaf, TensorLeaf
+from torchsnapshot.state.host_views import host_view
+from torchsnapshot.state.sharded import ShardedSource
 from torchsnapshot.store.envelope import ChunkRef, Head, pack_manifest
+from torchsnapshot.taking.plan import SMALL_CHUNK_NBYTES, Chunk, Leaf, TakePlan, grouped
 
 TAKE_ID = "0" * 24
 MAX_RANK_NBYTES = 64 << 10

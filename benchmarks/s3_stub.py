@@ -1,8 +1,8 @@
 """A stub of S3: in memory, one thread a connection, nothing checked. ``python -m benchmarks.s3_stub``.
 
 It speaks what a take, a restore and a plain client ask for: PUT (with ``If-None-Match``), GET (with ``Range``), HEAD,
-DELETE, bulk delete, ListObjectsV2. Objects live in memory that is reused, because memory that is touched first is slow.
-It prints its port, and ends when its standard input does. ``POST /?wipe`` forgets every object.
+DELETE, bulk delete, ListObjectsV2. Objects live in memory that is reused, because memory that is touched first is
+slow. It prints its port, and ends when its standard input does. ``POST /?wipe`` forgets every object.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python benchmarks/trajectory.py [--json] [--vocabulary 256] [--encoding smallest] [--snapshots 20] [--quick]
 
-A small GPT (that of ``examples/train_gpt.py``) is trained on Python's own source with AdamW at a learning rate of 3e-4,
-and its state is taken every 10 steps, once as weights and moments in fp32, once as weights in bf16:
+A small GPT (that of ``examples/train_gpt.py``) is trained on Python's own source with AdamW at a learning rate of
+3e-4, and its state is taken every 10 steps, once as weights and moments in fp32, once as weights in bf16:
 
 - *without deltas*: each snapshot in a store of its own;
 - *with deltas*: each snapshot beside the one 10 steps before it, which stands alone;
@@ -39,7 +39,7 @@ import torch
 from torch import nn
 
 from torchsnapshot import Snapshot, StateDict
-from torchsnapshot.chunks import Encoding
+from torchsnapshot.chunks.writer import Encoding
 
 LEARNING_RATE = 3e-4
 STEPS_BETWEEN = 10

@@ -5,9 +5,9 @@
     python examples/fsdp2.py --root /tmp/fsdp2 --steps 500                          # one process will do, too
 
 It begins with the newest snapshot below ``--root``, if there is one: so it may be killed at any time, and with
-torchrun's ``--max-restarts`` or ``--nnodes 1:4`` it is started again by itself. Every rank writes its part of model and
-optimizer; another number of ranks cuts them in other places, and reads what overlaps with its parts. ``ModelState``
-names everything as the whole model does, and the new optimizer need not have stepped.
+torchrun's ``--max-restarts`` or ``--nnodes 1:4`` it is started again by itself. Every rank writes its part of model
+and optimizer; another number of ranks cuts them in other places, and reads what overlaps with its parts.
+``ModelState`` names everything as the whole model does, and the new optimizer need not have stepped.
 """
 
 from __future__ import annotations

@@ -10,14 +10,16 @@ from pathlib import Path
 
 import xxhash
 
-from torchsnapshot import Snapshot, bases, history, structure
-from torchsnapshot.codecs import decode_into
-from torchsnapshot.encoded import read_header
-from torchsnapshot.entries import Entry, StoredManifest, spans_of
-from torchsnapshot.opening import open_snapshot
+from torchsnapshot import Snapshot
+from torchsnapshot.chunks import bases
+from torchsnapshot.chunks.codecs import decode_into
+from torchsnapshot.chunks.encoded import read_header
+from torchsnapshot.format.entries import Entry, StoredManifest, spans_of
+from torchsnapshot.reading.opening import open_snapshot
 from torchsnapshot.store import known
 from torchsnapshot.store.envelope import ChunkRef
 from torchsnapshot.store.keys import parse_blob_key
+from torchsnapshot.taking import history, structure
 
 
 def new_process() -> None:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from torchsnapshot.dtypes import DTYPES
+from torchsnapshot.state.dtypes import DTYPES
 
 
 class Point(NamedTuple):

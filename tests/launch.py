@@ -1,8 +1,8 @@
 """Runs functions of a test module in several real processes, started as torchrun starts them.
 
-``launch(4, f, g)`` starts 4 processes, forms a gloo group, runs ``f()`` and then ``g()`` in each, and returns what each
-of them returned or raised. Starting costs seconds (each process imports torch), so one launch runs several scenarios.
-The functions must stand at the top of an importable module (``tests`` is on the path).
+``launch(4, f, g)`` starts 4 processes, forms a gloo group, runs ``f()`` and then ``g()`` in each, and returns what
+each of them returned or raised. Starting costs seconds (each process imports torch), so one launch runs several
+scenarios. The functions must stand at the top of an importable module (``tests`` is on the path).
 """
 
 from __future__ import annotations

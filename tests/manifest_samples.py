@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from torchsnapshot.entries import (
+from torchsnapshot.format.entries import (
     ContainerEntry,
     Entry,
     OpaqueEntry,
@@ -17,8 +17,8 @@ from torchsnapshot.entries import (
     pack_entries,
     span_columns,
 )
-from torchsnapshot.grid import Box, whole
-from torchsnapshot.placements import REPLICATE, Placement, Sharding
+from torchsnapshot.geometry.grid import Box, whole
+from torchsnapshot.geometry.placements import REPLICATE, Placement, Sharding
 from torchsnapshot.store import bounded
 from torchsnapshot.store.container import digest_of
 from torchsnapshot.store.envelope import (

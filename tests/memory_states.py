@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from torchsnapshot import grid, values
-from torchsnapshot.entries import (
+from torchsnapshot.format.entries import (
     ContainerEntry,
     Entry,
     OpaqueEntry,
@@ -22,8 +21,19 @@ from torchsnapshot.entries import (
     pack_entries,
     unpack_entries,
 )
-from torchsnapshot.flatten import Node, OpaqueLeaf, TensorLeaf, ValueLeaf, find_targets, flatten, inflate, resolver
-from torchsnapshot.tensors import allocate, bump_version, can_write_in_place, host_view, name_of, target_view
+from torchsnapshot.geometry import grid
+from torchsnapshot.state import values
+from torchsnapshot.state.flatten import (
+    Node,
+    OpaqueLeaf,
+    TensorLeaf,
+    ValueLeaf,
+    find_targets,
+    flatten,
+    inflate,
+    resolver,
+)
+from torchsnapshot.state.tensors import allocate, bump_version, can_write_in_place, host_view, name_of, target_view
 
 
 def entry_of(node: Node) -> Entry:

@@ -1,7 +1,7 @@
 """A reader of the format on storage, written from docs/format.md alone: it imports nothing of the library.
 
-It shows that the page says enough. It is meant to be read beside the page, so it is plain, slow and checks only digests
-and what would go wrong silently. ``tests/test_read_format.py`` holds it and the library to the same answers.
+It shows that the page says enough. It is meant to be read beside the page, so it is plain, slow and checks only
+digests and what would go wrong silently. ``tests/test_read_format.py`` holds it and the library to the same answers.
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ import pytest
 import torch
 from folders import blobs, generations, new_process, run_python
 
-from torchsnapshot import Snapshot, StateDict, background, knobs
+from torchsnapshot import Snapshot, StateDict, knobs
+from torchsnapshot.engine import background
 from torchsnapshot.errors import CorruptionError, SnapshotError, StoreFullError
 from torchsnapshot.maintenance import collect
 from torchsnapshot.snapshot import PendingSnapshot

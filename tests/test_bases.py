@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchsnapshot import bases
-from torchsnapshot.bases import Bases, base_of, bases_of
+from torchsnapshot.chunks import bases
+from torchsnapshot.chunks.bases import Bases, base_of, bases_of
 from torchsnapshot.store.envelope import ChunkRef, Form
 
 MIB = 1 << 20

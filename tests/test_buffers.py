@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchsnapshot import buffers
-from torchsnapshot.buffers import (
+from torchsnapshot.engine import buffers
+from torchsnapshot.engine.buffers import (
     HUGE_PAGE_NBYTES,
     BufferPool,
     address_of,

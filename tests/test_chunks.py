@@ -14,10 +14,10 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchsnapshot import chunk_coder
-from torchsnapshot.buffers import BufferPool, is_page_memory
-from torchsnapshot.chunks import ChunkReader, ChunkWriter, Encoding, Member, digest_of
-from torchsnapshot.codecs import Effort, encode_bytes
+from torchsnapshot.chunks import coder
+from torchsnapshot.chunks.codecs import Effort, encode_bytes
+from torchsnapshot.chunks.writer import ChunkReader, ChunkWriter, Encoding, Member, digest_of
+from torchsnapshot.engine.buffers import BufferPool, is_page_memory
 from torchsnapshot.errors import (
     CorruptionError,
     FormatError,
@@ -221,7 +221,7 @@ class TestPutChunk:
         self, store: FakeStore, pool: BufferPool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         """An encoded chunk that does not decode to what it was is never put: it and the rest go raw, loudly."""
-        real_encode = chunk_coder.encode
+        real_encode = coder.encode
 
         def encode_wrongly(raw: memoryview, scheme: object, out: memoryview, scratch: object) -> int | None:
             size = real_encode(raw, scheme, out, scratch)  # type: ignore[arg-type]
@@ -229,7 +229,7 @@ class TestPutChunk:
             out[size - 1] ^= 1
             return size
 
-        monkeypatch.setattr(chunk_coder, "encode", encode_wrongly)
+        monkeypatch.setattr(coder, "encode", encode_wrongly)
         chunk_writer = writer(store, pool)
         with caplog.at_level(logging.ERROR):
             refs = [chunk_writer.put_chunk(raw, digest_of(raw), 4) for raw in (floats(seed=1), floats(seed=2))]
@@ -242,13 +242,13 @@ class TestPutChunk:
     ) -> None:
         """The check is made for the first encoded chunk of each width and then for one in 64."""
         checked: list[int] = []
-        real_decode = chunk_coder.decode_into
+        real_decode = coder.decode_into
 
         def decode(stored: memoryview, out: memoryview, base: memoryview | None) -> None:
             checked.append(len(store.blobs))
             real_decode(stored, out, base)
 
-        monkeypatch.setattr(chunk_coder, "decode_into", decode)
+        monkeypatch.setattr(coder, "decode_into", decode)
         chunk_writer = writer(store, pool)
         for number in range(70):
             raw = memoryview(bytearray(number.to_bytes(8, "little") * 500))

@@ -13,9 +13,8 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchsnapshot import encoded
-from torchsnapshot.buffers import map_pages
-from torchsnapshot.codecs import (
+from torchsnapshot.chunks import encoded
+from torchsnapshot.chunks.codecs import (
     WORTHWHILE,
     Effort,
     Scheme,
@@ -25,7 +24,8 @@ from torchsnapshot.codecs import (
     encode,
     encode_bytes,
 )
-from torchsnapshot.encoded import METHOD_RAW, METHOD_ZSTD, Lane
+from torchsnapshot.chunks.encoded import METHOD_RAW, METHOD_ZSTD, Lane
+from torchsnapshot.engine.buffers import map_pages
 from torchsnapshot.errors import CorruptionError, FormatError, NewerFormatError
 
 TILE = 32256

@@ -18,7 +18,7 @@ from torchsnapshot import Snapshot, StateDict, knobs
 from torchsnapshot.copy import copy_snapshot
 from torchsnapshot.errors import CorruptionError, MissingBlobError, SnapshotNotFoundError, StoreFullError
 from torchsnapshot.maintenance import collect
-from torchsnapshot.opening import open_snapshot
+from torchsnapshot.reading.opening import open_snapshot
 from torchsnapshot.stats import Stats
 from torchsnapshot.store import locate
 from torchsnapshot.store.envelope import Form

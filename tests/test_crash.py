@@ -24,9 +24,10 @@ from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from memory_states import same
 from tiny_takes import keys_of
 
-from torchsnapshot import Snapshot, StateDict, knobs, opening
+from torchsnapshot import Snapshot, StateDict, knobs
 from torchsnapshot.errors import SnapshotNotFoundError
 from torchsnapshot.maintenance import collect, retain
+from torchsnapshot.reading import opening
 from torchsnapshot.store import gc, leases, locate
 from torchsnapshot.store.backend import Backend
 from torchsnapshot.store.processes import Process, current_process

@@ -15,10 +15,11 @@ import torch
 from folders import blobs, files, new_process, refs
 from torch.nn import functional
 
-from torchsnapshot import Snapshot, StateDict, bases, chunk_coder, collect, knobs
+from torchsnapshot import Snapshot, StateDict, collect, knobs
+from torchsnapshot.chunks import bases, coder
 from torchsnapshot.copy import copy_snapshot
-from torchsnapshot.meter import EncodingMeter
-from torchsnapshot.opening import open_snapshot
+from torchsnapshot.engine.meter import EncodingMeter
+from torchsnapshot.reading.opening import open_snapshot
 from torchsnapshot.store.envelope import ChunkRef, Form
 from torchsnapshot.store.usage import measure_usage
 
@@ -141,7 +142,7 @@ def test_copies_serve_as_bases_without_reading(root: Path, monkeypatch: pytest.M
     """A base that memory holds is not read from the store."""
     tensor = weights()
     take(root / "step_0", w=tensor)
-    from torchsnapshot.chunk_reader import ChunkReader
+    from torchsnapshot.chunks.reader import ChunkReader
 
     def refuse(*arguments: object, **options: object) -> None:
         raise AssertionError("a base was read")
@@ -316,7 +317,7 @@ def test_delta_that_does_not_come_back_is_not_put(
 ) -> None:
     """The first delta of each width is decoded before it is put; one that is wrong is reported, and stored raw."""
     history = a_run(root, 1)
-    real_encode = chunk_coder.encode
+    real_encode = coder.encode
 
     def encode_wrongly(raw: memoryview, scheme: Any, out: memoryview, scratch: Any, base: Any = None) -> int | None:
         size = real_encode(raw, scheme, out, scratch, base)
@@ -324,7 +325,7 @@ def test_delta_that_does_not_come_back_is_not_put(
             out[size - 1] ^= 1
         return size
 
-    monkeypatch.setattr(chunk_coder, "encode", encode_wrongly)
+    monkeypatch.setattr(coder, "encode", encode_wrongly)
     changed = trained(history[0])
     with caplog.at_level(logging.ERROR), knobs.override_max_per_rank_io_concurrency(1):
         take(root / "step_1", w=changed)

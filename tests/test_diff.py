@@ -11,7 +11,7 @@ import torch
 from torchsnapshot import Snapshot
 from torchsnapshot.diff import Difference, compare
 from torchsnapshot.knobs import override_max_chunk_size_bytes
-from torchsnapshot.opening import open_snapshot
+from torchsnapshot.reading.opening import open_snapshot
 
 
 @pytest.fixture

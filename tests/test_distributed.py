@@ -22,15 +22,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from launch import Outcome, launch, succeed
 
-from torchsnapshot import distributed, links, messages
-from torchsnapshot.background import Task
-from torchsnapshot.coordinator import CoordinatorSession
-from torchsnapshot.distributed import connector, group_of
+from torchsnapshot.coordination import distributed, links, messages
+from torchsnapshot.coordination.coordinator import CoordinatorSession
+from torchsnapshot.coordination.distributed import connector, group_of
+from torchsnapshot.coordination.links import Connections, KeyValueStore, Link
+from torchsnapshot.coordination.members import MemberSession, Peer, StoreSession
+from torchsnapshot.coordination.messages import CoordinationLost, Stage, Status
+from torchsnapshot.coordination.sessions import Limits, Session, SoloSession
+from torchsnapshot.engine.background import Task
 from torchsnapshot.errors import FormatError, RankError
-from torchsnapshot.links import Connections, KeyValueStore, Link
-from torchsnapshot.members import MemberSession, Peer, StoreSession
-from torchsnapshot.messages import CoordinationLost, Stage, Status
-from torchsnapshot.sessions import Limits, Session, SoloSession
 
 T = TypeVar("T")
 
@@ -482,7 +482,7 @@ def test_a_thousand_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     store = PlainStore()
     coordinator = enter(store, 0, world_size)
     # two threads for each of a thousand ranks are too many for a small machine
-    monkeypatch.setattr("torchsnapshot.members.Link", ThreadlessLink)
+    monkeypatch.setattr("torchsnapshot.coordination.members.Link", ThreadlessLink)
 
     def take(rank: int) -> links.CoordinationStats:
         with enter(store, rank, world_size) if rank else coordinator as session:

@@ -1,7 +1,7 @@
 """What other numbers of ranks see of a snapshot: what they share, and rules for what one rank had for itself.
 
-The snapshot is taken by two real processes. Who reads it is one process that stands for each rank in turn: restoring is
-every rank's own business.
+The snapshot is taken by two real processes. Who reads it is one process that stands for each rank in turn: restoring
+is every rank's own business.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from launch import launch, succeed
 from rank_states import content, same, take_private
 
 from torchsnapshot import RNGState, Snapshot, StateDict
-from torchsnapshot.app_state import check_app_state
 from torchsnapshot.errors import AbsentStateError, MismatchError, SnapshotError
-from torchsnapshot.opening import open_snapshot
-from torchsnapshot.read_object import read_state_dict
-from torchsnapshot.replicas import is_declared
-from torchsnapshot.restore import RestoreOptions, restore
-from torchsnapshot.stages import tiles_of
-from torchsnapshot.wrappers import explain
+from torchsnapshot.ranks.replicas import is_declared
+from torchsnapshot.reading.opening import open_snapshot
+from torchsnapshot.restoring.read_object import read_state_dict
+from torchsnapshot.restoring.restore import RestoreOptions, restore
+from torchsnapshot.restoring.stages import tiles_of
+from torchsnapshot.state.app_state import check_app_state
+from torchsnapshot.state.wrappers import explain
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from torchsnapshot.buffers import Buffer, BufferPool, size_class
-from torchsnapshot.engine import Job, Mode, Run, submit
+from torchsnapshot.engine.buffers import Buffer, BufferPool, size_class
+from torchsnapshot.engine.pipeline import Job, Mode, Run, submit
 
 PAGE = 4096
 
@@ -395,8 +395,8 @@ def run_script(text: str, *arguments: str) -> str:
 
 JOB = """
 import os, sys, threading
-from torchsnapshot.buffers import shared_pool
-from torchsnapshot.engine import Mode, submit
+from torchsnapshot.engine.buffers import shared_pool
+from torchsnapshot.engine.pipeline import Mode, submit
 
 class Job:
     nbytes = 1 << 20

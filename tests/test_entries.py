@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from manifest_samples import chunk, entries, head, manifest, one_tree, reference_to, refs, table_of
 
-from torchsnapshot import entry_bytes
-from torchsnapshot.entries import (
+from torchsnapshot.errors import FormatError, NewerFormatError
+from torchsnapshot.format import entry_bytes
+from torchsnapshot.format.entries import (
     MAX_DEPTH,
     MAX_INLINE_NBYTES,
     MAX_PATH_NCHARS,
@@ -41,9 +42,8 @@ from torchsnapshot.entries import (
     unescape,
     unpack_entries,
 )
-from torchsnapshot.errors import FormatError, NewerFormatError
-from torchsnapshot.grid import Box, num_pieces, whole
-from torchsnapshot.placements import Placement, Sharding
+from torchsnapshot.geometry.grid import Box, num_pieces, whole
+from torchsnapshot.geometry.placements import Placement, Sharding
 from torchsnapshot.store import bounded
 from torchsnapshot.store.envelope import pack_manifest
 

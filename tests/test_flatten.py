@@ -17,10 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from memory_states import entry_of, load, same, store, there_and_back
 
-from torchsnapshot import values
-from torchsnapshot.entries import ContainerEntry, unpack_entries
 from torchsnapshot.errors import FormatError, MismatchError, UnsupportedValueError
-from torchsnapshot.flatten import (
+from torchsnapshot.format.entries import ContainerEntry, unpack_entries
+from torchsnapshot.state import values
+from torchsnapshot.state.flatten import (
     ExpandedValue,
     Node,
     OpaqueLeaf,

@@ -22,9 +22,9 @@ from memory_states import same
 
 from torchsnapshot import Snapshot, StateDict
 from torchsnapshot.cli import main
-from torchsnapshot.dtypes import DTYPES
 from torchsnapshot.errors import PickleRefusedError
 from torchsnapshot.maintenance import collect
+from torchsnapshot.state.dtypes import DTYPES
 from torchsnapshot.verify import VerifyResult, verify_path
 
 pytestmark = pytest.mark.filterwarnings(

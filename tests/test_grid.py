@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchsnapshot import grid
-from torchsnapshot.grid import Box
+from torchsnapshot.geometry import grid
+from torchsnapshot.geometry.grid import Box
 
 shapes = st.lists(st.integers(0, 9), min_size=0, max_size=4).map(tuple)
 positive_shapes = st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple)

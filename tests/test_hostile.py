@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from manifest_samples import TAKE, chunk, delta, digest, entries, head, manifest, one_tree, refs, table_of
 
-from torchsnapshot import entry_section
-from torchsnapshot.entries import ContainerEntry, Entry, StoredManifest, ValueEntry, pack_entries, unpack_entries
 from torchsnapshot.errors import FormatError
+from torchsnapshot.format import entry_section
+from torchsnapshot.format.entries import ContainerEntry, Entry, StoredManifest, ValueEntry, pack_entries, unpack_entries
 from torchsnapshot.store import bounded
 from torchsnapshot.store.container import SectionType, digest_of, pack_container
 from torchsnapshot.store.envelope import (

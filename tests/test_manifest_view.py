@@ -11,9 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchsnapshot import entries, manifest_utils, values
+from torchsnapshot import manifest_utils
 from torchsnapshot.errors import FormatError
-from torchsnapshot.grid import Box
+from torchsnapshot.format import entries
+from torchsnapshot.geometry.grid import Box
 from torchsnapshot.manifest import (
     ChunkedTensorEntry,
     DictEntry,
@@ -29,6 +30,7 @@ from torchsnapshot.manifest import (
     TensorEntry,
 )
 from torchsnapshot.manifest_view import view
+from torchsnapshot.state import values
 
 SPAN = entries.Span(0, 0, 1)
 WHOLE = TensorEntry("0/m/w", "buffer_protocol", "torch.float32", [4, 2], False)

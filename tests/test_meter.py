@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchsnapshot.meter import MARGIN, MIN_PUTS, PROBE_EVERY, EncodingMeter
+from torchsnapshot.engine.meter import MARGIN, MIN_PUTS, PROBE_EVERY, EncodingMeter
 
 MIB = 1 << 20
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchsnapshot.errors import FormatError
-from torchsnapshot.ownership import Duty, assign, pack_contents, pack_duty, unpack_contents, unpack_duty
+from torchsnapshot.ranks.ownership import Duty, assign, pack_contents, pack_duty, unpack_contents, unpack_duty
 
 contents = st.integers(0, 30).map(lambda number: (number.to_bytes(16, "little"), 1 + number * 1000))
 announcements = st.lists(st.lists(contents, unique=True, max_size=20), min_size=1, max_size=9)

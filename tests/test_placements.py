@@ -14,10 +14,10 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset as torch_says
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from torchsnapshot import grid
-from torchsnapshot.grid import Box
-from torchsnapshot.mesh_cells import cell_for
-from torchsnapshot.placements import (
+from torchsnapshot.geometry import grid
+from torchsnapshot.geometry.grid import Box
+from torchsnapshot.geometry.mesh_cells import cell_for
+from torchsnapshot.geometry.placements import (
     MAX_BOXES,
     REPLICATE,
     Placement,

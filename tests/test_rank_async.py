@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from launch import launch, succeed
 
-from torchsnapshot import Snapshot, StateDict, distributed
+from torchsnapshot import Snapshot, StateDict
+from torchsnapshot.coordination import distributed
 from torchsnapshot.errors import SnapshotError
 from torchsnapshot.maintenance import collect, retain
 from torchsnapshot.store.backend import Backend
@@ -201,7 +202,7 @@ def by_collectives(root: str) -> dict[str, Any]:
     logged: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("torchsnapshot.distributed").addHandler(handler)
+    logging.getLogger("torchsnapshot.coordination.distributed").addHandler(handler)
     store_of = distributed.store_of
     distributed.store_of = lambda pg: OneConnection()  # type: ignore[assignment]
     distributed._connections.clear()

@@ -15,10 +15,11 @@ import torch
 import torch.distributed as dist
 from launch import launch
 
-from torchsnapshot import Snapshot, StateDict, distributed
+from torchsnapshot import Snapshot, StateDict
+from torchsnapshot.coordination import distributed
+from torchsnapshot.coordination.sessions import Limits
 from torchsnapshot.errors import SnapshotError, StoreFullError
 from torchsnapshot.maintenance import collect
-from torchsnapshot.sessions import Limits
 from torchsnapshot.store.backend import Backend
 from torchsnapshot.store.local import LocalBackend
 

@@ -14,9 +14,10 @@ from launch import launch, succeed
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from torchsnapshot import Snapshot, StateDict, distributed
+from torchsnapshot import Snapshot, StateDict
+from torchsnapshot.coordination import distributed
+from torchsnapshot.coordination.sessions import Limits
 from torchsnapshot.errors import SnapshotError
-from torchsnapshot.sessions import Limits
 from torchsnapshot.store.backend import Backend
 from torchsnapshot.store.local import LocalBackend
 

@@ -13,9 +13,8 @@ import read_format
 import torch
 from manifest_samples import PARENT, TAKE, chunk, delta, entries, head, manifest, reference_to, refs, table_of
 
-from torchsnapshot import grid
-from torchsnapshot.codecs import Effort, encode_bytes
-from torchsnapshot.entries import (
+from torchsnapshot.chunks.codecs import Effort, encode_bytes
+from torchsnapshot.format.entries import (
     ContainerEntry,
     Entry,
     OpaqueEntry,
@@ -29,13 +28,14 @@ from torchsnapshot.entries import (
     span_columns,
     unpack_entries,
 )
-from torchsnapshot.grid import Box
-from torchsnapshot.placements import REPLICATE, Placement, Sharding
+from torchsnapshot.geometry import grid
+from torchsnapshot.geometry.grid import Box
+from torchsnapshot.geometry.placements import REPLICATE, Placement, Sharding
+from torchsnapshot.state.values import encode
 from torchsnapshot.store.container import digest_of
 from torchsnapshot.store.envelope import ChunkRef, ChunkTableBuilder, Form, pack_manifest
 from torchsnapshot.store.keys import BlobKey
 from torchsnapshot.store.records import Config
-from torchsnapshot.values import encode
 
 
 def no_blobs(key: str) -> bytes:

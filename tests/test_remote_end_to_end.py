@@ -32,7 +32,7 @@ from torchsnapshot.errors import (
     StoreUnavailableError,
 )
 from torchsnapshot.maintenance import collect, retain
-from torchsnapshot.opening import open_snapshot
+from torchsnapshot.reading.opening import open_snapshot
 from torchsnapshot.store import locate
 from torchsnapshot.store.backend import Backend
 from torchsnapshot.store.locate import open_backend

@@ -16,16 +16,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_placements import cases, sharding_of, slices
 
-from torchsnapshot import grid, resharding
-from torchsnapshot.entries import ShardedTensorEntry, ShardEntry, Span, TensorEntry, span_columns
 from torchsnapshot.errors import FormatError
-from torchsnapshot.grid import Box, num_pieces, whole
-from torchsnapshot.host_views import host_view, target_view
-from torchsnapshot.layout import inverse
-from torchsnapshot.mesh_cells import cell_for
-from torchsnapshot.placements import REPLICATE, Placement, Sharding
-from torchsnapshot.resharding import overlaps, wanted_in_memory_order
-from torchsnapshot.sharded import PlacedView
+from torchsnapshot.format.entries import ShardedTensorEntry, ShardEntry, Span, TensorEntry, span_columns
+from torchsnapshot.geometry import grid
+from torchsnapshot.geometry.grid import Box, num_pieces, whole
+from torchsnapshot.geometry.layout import inverse
+from torchsnapshot.geometry.mesh_cells import cell_for
+from torchsnapshot.geometry.placements import REPLICATE, Placement, Sharding
+from torchsnapshot.state import resharding
+from torchsnapshot.state.host_views import host_view, target_view
+from torchsnapshot.state.resharding import overlaps, wanted_in_memory_order
+from torchsnapshot.state.sharded import PlacedView
 
 CHUNK_NBYTES = 64
 

@@ -987,7 +987,7 @@ def test_part_of_an_optimizer(path: str) -> None:
 
 def test_part_of_many_leaves_takes_no_quadratic_time() -> None:
     """Laying thousands of leaves over a state asks for each container's children once."""
-    from torchsnapshot import live_state
+    from torchsnapshot.restoring import live_state
 
     count = 4000
     state = {"d": {f"k{number}": [number] for number in range(count)}}

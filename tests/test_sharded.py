@@ -29,10 +29,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from torchsnapshot.errors import UnsupportedValueError
-from torchsnapshot.flatten import ShardedLeaf, TensorLeaf, flatten
-from torchsnapshot.grid import Box
-from torchsnapshot.placements import REPLICATE, Placement, Sharding
-from torchsnapshot.sharded import ShardedSource, allocate_like, bump_versions, describe, distribute_local
+from torchsnapshot.geometry.grid import Box
+from torchsnapshot.geometry.placements import REPLICATE, Placement, Sharding
+from torchsnapshot.state.flatten import ShardedLeaf, TensorLeaf, flatten
+from torchsnapshot.state.sharded import ShardedSource, allocate_like, bump_versions, describe, distribute_local
 
 
 @contextmanager

@@ -15,10 +15,11 @@ from folders import new_process
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchsnapshot import Snapshot, StateDict, buffers, knobs, staging
-from torchsnapshot.buffers import Buffer, BufferPool
-from torchsnapshot.engine import Run
-from torchsnapshot.staging import Warming, buffers_to_have, staging_budget, submit_take, warm_up
+from torchsnapshot import Snapshot, StateDict, knobs
+from torchsnapshot.engine import buffers, staging
+from torchsnapshot.engine.buffers import Buffer, BufferPool
+from torchsnapshot.engine.pipeline import Run
+from torchsnapshot.engine.staging import Warming, buffers_to_have, staging_budget, submit_take, warm_up
 
 MIB = 1 << 16
 """A small mebibyte: what holds for it holds for the real one, and touching it takes less time."""
@@ -192,8 +193,8 @@ class TestThread:
     def test_exit_does_not_wait_for_it(self) -> None:
         """A process that ends while memory gets ready ends: the thread would go on for ever otherwise."""
         code = """
-from torchsnapshot import staging
-from torchsnapshot.buffers import BufferPool
+from torchsnapshot.engine import staging
+from torchsnapshot.engine.buffers import BufferPool
 class Endless(BufferPool):
     def prefault(self, wanted, goes_on=None):
         print("begun", flush=True)

@@ -16,12 +16,13 @@ from folders import manifest, new_process
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from torchsnapshot import Snapshot, StateDict, knobs, structure
-from torchsnapshot.entries import pack_entries
-from torchsnapshot.flatten import flatten
-from torchsnapshot.plan import Leaf, TakePlan, build_entries, plan_take
+from torchsnapshot import Snapshot, StateDict, knobs
+from torchsnapshot.format.entries import pack_entries
+from torchsnapshot.state.flatten import flatten
 from torchsnapshot.store.envelope import ChunkRef
-from torchsnapshot.structure import Structure
+from torchsnapshot.taking import structure
+from torchsnapshot.taking.plan import Leaf, TakePlan, build_entries, plan_take
+from torchsnapshot.taking.structure import Structure
 
 CHUNK_NBYTES = 4096
 SMALL_NBYTES = 1024
@@ -285,8 +286,8 @@ def test_short_way_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         def refuse(*arguments: object) -> None:
             raise AssertionError("the long way")
 
-        monkeypatch.setattr("torchsnapshot.take.plan_take", refuse)
-        monkeypatch.setattr("torchsnapshot.structure.pack_entries", refuse)
+        monkeypatch.setattr("torchsnapshot.taking.take.plan_take", refuse)
+        monkeypatch.setattr("torchsnapshot.taking.structure.pack_entries", refuse)
         state["t7"] += 1
         state["lr"] = 0.2
         Snapshot.take(str(tmp_path / "step_1"), {"s": state})

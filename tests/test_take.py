@@ -13,8 +13,8 @@ import torch
 from folders import blobs, entry, files, generations, keys, manifest, mislabelled, new_process, refs, run_python
 
 from torchsnapshot import Snapshot, StateDict, knobs
-from torchsnapshot.entries import TensorEntry, ValueEntry
 from torchsnapshot.errors import SnapshotError, UnsupportedValueError
+from torchsnapshot.format.entries import TensorEntry, ValueEntry
 from torchsnapshot.store.clock import SYSTEM_CLOCK
 from torchsnapshot.store.envelope import MAX_USER_METADATA_NBYTES, Form
 
@@ -349,7 +349,7 @@ def test_rolling_back_and_taking_again_writes_nothing(root: Path) -> None:
 
 def test_equal_small_chunks_in_several_groups_are_written_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups of small chunks that hold equal content share it, and an unchanged state writes nothing."""
-    monkeypatch.setattr("torchsnapshot.plan.GROUP_NBYTES", 40 << 10)
+    monkeypatch.setattr("torchsnapshot.taking.plan.GROUP_NBYTES", 40 << 10)
     shared = torch.rand(1024)
     state = {f"t{number:03}": shared if number % 4 == 0 else torch.rand(1024) for number in range(60)}
     assert num_new(take(root / "step_0", state)) == 46

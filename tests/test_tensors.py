@@ -14,12 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from memory_states import bits, entry_of, restore_tensor, same_tensor
 
-from torchsnapshot import dtypes, grid
 from torchsnapshot.errors import FormatError, MismatchError, UnsupportedValueError
-from torchsnapshot.flatten import TensorLeaf
-from torchsnapshot.grid import Box
-from torchsnapshot.layout import contiguous_offset, inverse, may_overlap, permutation_of
-from torchsnapshot.tensors import (
+from torchsnapshot.geometry import grid
+from torchsnapshot.geometry.grid import Box
+from torchsnapshot.geometry.layout import contiguous_offset, inverse, may_overlap, permutation_of
+from torchsnapshot.state import dtypes
+from torchsnapshot.state.flatten import TensorLeaf
+from torchsnapshot.state.tensors import (
     allocate,
     bump_version,
     can_write_in_place,

@@ -26,9 +26,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from memory_states import same
 
-from torchsnapshot import values
 from torchsnapshot.errors import FormatError, SnapshotError
-from torchsnapshot.values import NotPlain, decode, encode, is_plain
+from torchsnapshot.state import values
+from torchsnapshot.state.values import NotPlain, decode, encode, is_plain
 
 
 class Color(enum.Enum):

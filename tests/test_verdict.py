@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from faults import Failing
 
+from torchsnapshot.ranks.verdict import SILENCE_SECONDS, wait_for_verdict
 from torchsnapshot.store.backend import Backend
 from torchsnapshot.store.leases import start_take
 from torchsnapshot.store.local import LocalBackend
 from torchsnapshot.store.processes import Process
 from torchsnapshot.store.records import LEASES_FOLDER, Lease
 from torchsnapshot.store.repository import Repository
-from torchsnapshot.verdict import SILENCE_SECONDS, wait_for_verdict
 
 NAME = "step_1"
 

@@ -14,15 +14,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from torchsnapshot import knobs
-from torchsnapshot.buffers import Buffer
-from torchsnapshot.chunk_reader import ChunkReader
-from torchsnapshot.chunks import ChunkWriter
-from torchsnapshot.engine import submit
-from torchsnapshot.entries import StoredManifest, pack_entries, spans_of
-from torchsnapshot.opening import Opened
-from torchsnapshot.plan import GROUP_NBYTES, SMALL_CHUNK_NBYTES
+from torchsnapshot.chunks.reader import ChunkReader
+from torchsnapshot.chunks.writer import ChunkWriter
+from torchsnapshot.engine.buffers import Buffer
+from torchsnapshot.engine.pipeline import submit
+from torchsnapshot.format.entries import StoredManifest, pack_entries, spans_of
 from torchsnapshot.progress import NO_PROGRESS, Progress
-from torchsnapshot.restore import still_committed
+from torchsnapshot.reading.opening import Opened
+from torchsnapshot.restoring.restore import still_committed
 from torchsnapshot.stats import Stats
 from torchsnapshot.store.backend import StorageOptions
 from torchsnapshot.store.envelope import ChunkRef, ChunkTable, ChunkTableBuilder, Form, pack_manifest
@@ -30,6 +29,7 @@ from torchsnapshot.store.known import Known, known_for_take
 from torchsnapshot.store.leases import TakeSession, reading, writing
 from torchsnapshot.store.locate import place_for_take
 from torchsnapshot.store.repository import Repository
+from torchsnapshot.taking.plan import GROUP_NBYTES, SMALL_CHUNK_NBYTES
 from torchsnapshot.version import __version__
 
 Content = tuple[bytes, int]

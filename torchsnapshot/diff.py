@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torchsnapshot.entries import (
+from torchsnapshot.format.entries import (
     ContainerEntry,
     Entry,
     OpaqueEntry,

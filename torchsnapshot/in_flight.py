@@ -1,7 +1,7 @@
 """The asynchronous takes of this process, and what a new take does about those that have not ended.
 
-What lives here: the registry and the rules of ``busy``, alone and among ranks. What doesn't: the take itself (``take``,
-``group_take``), the thread behind it (``background``).
+What lives here: the registry and the rules of ``busy``, alone and among ranks. What doesn't: the take itself
+(``taking.take``, ``ranks.group_take``), the thread behind it (``engine.background``).
 
 Invariant: among ranks all skip, or none does; a rank that cannot begin tells the others.
 """
@@ -15,12 +15,12 @@ from typing import Any, Literal
 
 from torch.distributed import ProcessGroup
 
-from torchsnapshot.app_state import check_app_state
-from torchsnapshot.background import Task
-from torchsnapshot.distributed import group_of
+from torchsnapshot.coordination.distributed import group_of
+from torchsnapshot.engine.background import Task
 from torchsnapshot.errors import SnapshotError
-from torchsnapshot.group_take import GroupTake
-from torchsnapshot.take import Take, TakeOptions, open_take
+from torchsnapshot.ranks.group_take import GroupTake
+from torchsnapshot.state.app_state import check_app_state
+from torchsnapshot.taking.take import Take, TakeOptions, open_take
 
 Busy = Literal["wait", "skip", "overlap"]
 

@@ -1,9 +1,10 @@
 """Makes the entries that users of the old torchsnapshot see from those that a snapshot really stores.
 
-What lives here: ``view``. What doesn't: the classes that it makes (``manifest``) and those that it reads (``entries``).
+What lives here: ``view``. What doesn't: the classes that it makes (``manifest``) and those that it reads
+(``format.entries``).
 
-Invariants: keys are ``"<rank>/<key>/<path>"``, parents before children. A view is made for reading; changing it changes
-nothing.
+Invariants: keys are ``"<rank>/<key>/<path>"``, parents before children. A view is made for reading; changing it
+changes nothing.
 """
 
 from __future__ import annotations
@@ -13,11 +14,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from torchsnapshot import entries, values
-from torchsnapshot.composites import COMPOSITE_KINDS
 from torchsnapshot.errors import FormatError
-from torchsnapshot.grid import Box
-from torchsnapshot.kinds import KINDS, class_name
+from torchsnapshot.format import entries
+from torchsnapshot.geometry.grid import Box
 from torchsnapshot.manifest import (
     DictEntry,
     DTensorEntry,
@@ -33,6 +32,9 @@ from torchsnapshot.manifest import (
     TensorEntry,
     is_primitive,
 )
+from torchsnapshot.state import values
+from torchsnapshot.state.composites import COMPOSITE_KINDS
+from torchsnapshot.state.kinds import KINDS, class_name
 
 ReadValue = Callable[[entries.ValueEntry], bytes]
 """Reads the bytes of a value that is too large to stand in the manifest."""

@@ -1,7 +1,7 @@
 """``Snapshot`` and ``PendingSnapshot``: arguments, defaults and checks, nothing else.
 
-What doesn't live here: how a take runs (``take``), how a restore runs (``restore``), where a store is
-(``store.locate``), how a path is opened (``opening``).
+What doesn't live here: how a take runs (``taking.take``), how a restore runs (``restoring.restore``), where a store is
+(``store.locate``), how a path is opened (``reading.opening``).
 """
 
 from __future__ import annotations
@@ -13,26 +13,27 @@ from typing import Any, TypeVar
 import torch
 from torch.distributed import ProcessGroup
 
-from torchsnapshot import background, knobs
-from torchsnapshot.app_state import PrepareTensor, check_app_state
-from torchsnapshot.chunks import Encoding
-from torchsnapshot.distributed import group_of
-from torchsnapshot.elastic import MissingRank
+from torchsnapshot import knobs
+from torchsnapshot.chunks.writer import Encoding
+from torchsnapshot.coordination.distributed import group_of
+from torchsnapshot.engine import background
 from torchsnapshot.errors import SnapshotError, SnapshotNotFoundError
 from torchsnapshot.event_handlers import logged_action
 from torchsnapshot.in_flight import Busy, InFlight, begin_take, note_in_flight
 from torchsnapshot.manifest import Entry, SnapshotMetadata
 from torchsnapshot.manifest_view import view, view_of_ranks
-from torchsnapshot.opening import Opened, list_below, open_snapshot, user_metadata_beside_head
-from torchsnapshot.read_object import read_object, read_state_dict
-from torchsnapshot.restore import RestoreOptions, restore
+from torchsnapshot.reading.opening import Opened, list_below, open_snapshot, user_metadata_beside_head
+from torchsnapshot.restoring.elastic import MissingRank
+from torchsnapshot.restoring.read_object import read_object, read_state_dict
+from torchsnapshot.restoring.restore import RestoreOptions, restore
+from torchsnapshot.state.app_state import PrepareTensor, check_app_state
 from torchsnapshot.stats import Stats
 from torchsnapshot.store.backend import StorageOptions
 from torchsnapshot.store.check import Problem
 from torchsnapshot.store.envelope import Head
 from torchsnapshot.store.keys import SIGNPOST
 from torchsnapshot.store.repository import SnapshotInfo
-from torchsnapshot.take import TakeOptions
+from torchsnapshot.taking.take import TakeOptions
 from torchsnapshot.verify import Depth, verify_snapshot
 
 logger = logging.getLogger(__name__)

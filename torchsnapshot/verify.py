@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from torchsnapshot import knobs
-from torchsnapshot.buffers import Buffer
-from torchsnapshot.chunk_reader import ChunkReader
-from torchsnapshot.engine import submit
-from torchsnapshot.entries import StoredManifest
+from torchsnapshot.chunks.reader import ChunkReader
+from torchsnapshot.engine.buffers import Buffer
+from torchsnapshot.engine.pipeline import submit
 from torchsnapshot.errors import CorruptionError, FormatError, SnapshotError, SnapshotNotFoundError, StoreError
-from torchsnapshot.opening import Opened, open_snapshot
+from torchsnapshot.format.entries import StoredManifest
 from torchsnapshot.progress import NO_PROGRESS, Progress
+from torchsnapshot.reading.opening import Opened, open_snapshot
 from torchsnapshot.store.backend import StorageOptions
 from torchsnapshot.store.check import Problem, check_blobs, check_manifests
 from torchsnapshot.store.envelope import ChunkRef

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint import state_dict as names_of_torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from torchsnapshot.loading import put_back_casts
+from torchsnapshot.restoring.loading import put_back_casts
 
 logger = logging.getLogger(__name__)
 

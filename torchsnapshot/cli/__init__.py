@@ -1,8 +1,8 @@
 """The command line: ``torchsnapshot ls | show | diff | du | verify | gc | retain | rm | copy``.
 
-What lives here: the parser and what an error looks like. The commands are in ``look`` (read only) and ``care`` (verify,
-delete, copy); each parses, calls and prints, so that all they do can be done from Python too. ``docs/cli.md`` documents
-every command.
+What lives here: the parser and what an error looks like. The commands are in ``look`` (read only) and ``care``
+(verify, delete, copy); each parses, calls and prints, so that all they do can be done from Python too.
+``docs/cli.md`` documents every command.
 
 Exit codes: 0 it is done; 1 problems were found, or the work was refused or failed; 2 the command line makes no sense;
 130 interrupted.

@@ -9,7 +9,7 @@ from torchsnapshot.cli.options import Commands, add_command, storage_options
 from torchsnapshot.cli.output import plural, print_error, print_json, print_table, progress_bar, readable_nbytes
 from torchsnapshot.copy import copy_snapshot
 from torchsnapshot.errors import SnapshotNotFoundError
-from torchsnapshot.opening import open_snapshot
+from torchsnapshot.reading.opening import open_snapshot
 from torchsnapshot.store.backend import StorageOptions
 from torchsnapshot.store.gc import DEFAULT_WAIT_SECONDS, collect
 from torchsnapshot.store.gcplan import GCReport

@@ -7,7 +7,6 @@ import fnmatch
 from dataclasses import asdict
 from typing import Any
 
-from torchsnapshot import values
 from torchsnapshot.cli.options import Commands, add_command
 from torchsnapshot.cli.output import (
     iso_time,
@@ -19,7 +18,7 @@ from torchsnapshot.cli.output import (
     readable_time,
 )
 from torchsnapshot.diff import compare
-from torchsnapshot.entries import (
+from torchsnapshot.format.entries import (
     ContainerEntry,
     Entry,
     OpaqueEntry,
@@ -29,7 +28,8 @@ from torchsnapshot.entries import (
     ValueEntry,
     spans_of,
 )
-from torchsnapshot.opening import list_below, open_snapshot
+from torchsnapshot.reading.opening import list_below, open_snapshot
+from torchsnapshot.state import values
 from torchsnapshot.store.envelope import ChunkRef, Head
 from torchsnapshot.store.locate import open_root
 from torchsnapshot.store.repository import Repository

@@ -1,7 +1,7 @@
 """Reading msgpack and zstd that may be hostile: nothing is allocated that the input's own size does not justify.
 
 What lives here: ``FieldReader``, which takes msgpack apart one field at a time and knows what it expects, and the
-compression of whole sections. What doesn't: any layout of ours (``container``, ``envelope``, ``entries``).
+compression of whole sections. What doesn't: any layout of ours (``container``, ``envelope``, ``format.entries``).
 
 Invariants:
 

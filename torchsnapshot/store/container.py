@@ -1,7 +1,7 @@
 """The manifest's outer form: a fixed header, a directory of sections, and the sections one behind the other.
 
 What lives here: the header's bytes, the directory, digests and codecs of whole sections. What doesn't: what a section
-holds (``envelope``, ``entries``). Documented byte by byte in docs/format.md.
+holds (``envelope``, ``format.entries``). Documented byte by byte in docs/format.md.
 
 Invariants:
 

@@ -1,8 +1,9 @@
 """The manifest's container, head and chunk tables: all that ls, gc, verify, copy and du read. Knows nothing of tensors.
 
-What lives here: what a take says about itself (``Head``), which chunk tables a manifest has (``Envelope``), and reading
-and building whole manifests. What doesn't: the outer form (``container``), the tables' bytes (``tables``; their names
-are exported here too), the entries section (``torchsnapshot.entries``), I/O: table blobs come through a callable.
+What lives here: what a take says about itself (``Head``), which chunk tables a manifest has (``Envelope``), and
+reading and building whole manifests. What doesn't: the outer form (``container``), the tables' bytes (``tables``;
+their names are exported here too), the entries section (``torchsnapshot.format.entries``), I/O: table blobs come
+through a callable.
 
 Invariants: the head can be read from the first ``HEAD_READ_NBYTES`` of any manifest; head and envelope of a manifest
 with unknown *incompatible* flags are still readable (gc and ls go on), its entries are not.
@@ -333,7 +334,7 @@ class ManifestFile:
 
     @property
     def entries(self) -> bytes:
-        """The entries section, for ``torchsnapshot.entries``.
+        """The entries section, for ``torchsnapshot.format.entries``.
 
         Raises:
             NewerFormatError: the manifest uses features that this library does not know.
@@ -384,7 +385,7 @@ def pack_manifest(
     Args:
         head: what the take says about itself.
         tables: the chunk tables, in the order in which the entries count them.
-        entries: the entries section, from ``torchsnapshot.entries.pack_entries``.
+        entries: the entries section, from ``torchsnapshot.format.entries.pack_entries``.
         incompatible: flags of features that a reader of the entries must know.
         compatible: flags of features that a reader may ignore.
 

@@ -3,8 +3,8 @@
 What lives here: the map, filled from chunk tables and single chunks, and how keys are taken out of it. What doesn't:
 I/O, clocks, and the question whether a hit may be reused (``known``).
 
-Invariants: a lookup gives a chunk of exactly that digest and raw size, whose key and bases were not dropped. Nothing is
-ever read here, so a hit says only that some manifest named the chunk when it was read.
+Invariants: a lookup gives a chunk of exactly that digest and raw size, whose key and bases were not dropped. Nothing
+is ever read here, so a hit says only that some manifest named the chunk when it was read.
 
 Memory: a table that is added is kept as its packed columns, plus one dictionary entry for each new digest.
 """

@@ -1,7 +1,8 @@
 """The POSIX backend: objects are files below one folder, put atomically and durably.
 
-What lives here: the order of system calls that makes a put atomic and durable. What doesn't: direct writes (``posix``),
-what an errno means to the user (``local_errors``), where ROOT is (``locate``), any layout but that of temporary files.
+What lives here: the order of system calls that makes a put atomic and durable. What doesn't: direct writes
+(``posix``), what an errno means to the user (``local_errors``), where ROOT is (``locate``), any layout but that of
+temporary files.
 
 Invariants:
 

@@ -1,7 +1,7 @@
 """Where a store is: from the path that the user names to a backend, ROOT, and the snapshot's name below it.
 
 What doesn't live here: what stands in a store (``repository``), and which of several stores above a moved snapshot
-holds its blobs (``opening``).
+holds its blobs (``reading.opening``).
 
 Invariants:
 

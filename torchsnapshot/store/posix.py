@@ -1,8 +1,8 @@
 """What the local backend asks of the kernel: direct writes, and fsync. Knows no keys and no layout.
 
-Only writes go past the page cache: they are fsynced at once, so the cache would only add a copy (measured: three times
-as fast for 4 MiB files). Reads profit from the kernel's read-ahead; direct ones were slower at every number of threads,
-and asking the cache first (``RWF_NOWAIT``) starts that read-ahead, so that the disk is read twice.
+Only writes go past the page cache: they are fsynced at once, so the cache would only add a copy (measured: three
+times as fast for 4 MiB files). Reads profit from the kernel's read-ahead; direct ones were slower at every number of
+threads, and asking the cache first (``RWF_NOWAIT``) starts that read-ahead, so that the disk is read twice.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """S3 and what speaks its protocol, through s3fs.
 
-s3fs is used for its session, credentials and event loop. Its own ``ls``, ``info``, ``rm`` and bulk delete are not: they
-ask twice, expand patterns, or lose the errors of single keys.
+s3fs is used for its session, credentials and event loop. Its own ``ls``, ``info``, ``rm`` and bulk delete are not:
+they ask twice, expand patterns, or lose the errors of single keys.
 """
 
 from __future__ import annotations

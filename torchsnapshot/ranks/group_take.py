@@ -1,0 +1,392 @@
+"""Runs a take over several ranks: agree → hash → exchange → put → places → durable → commit.
+
+What lives here: the order of the steps on every rank. What doesn't: what rank 0 makes of the ranks' messages
+(``group_decisions``), how messages travel (``coordination.distributed``), who writes and who reports what
+(``ownership``, ``agreement``), the protocol with the store (``store.leases``; rank 0 holds the one lease).
+
+Rounds. *agree*: rank 0 opens the store, puts the lease and says what everybody works on; before any ``state_dict()``,
+which may hold collectives of its own. *exchange*: what is new to each rank, and the sums of its leaves, against what
+it is to write and to report. *places*, only where a content has several holders: where its owner has put it.
+*durable*: every rank's report against the verdict; rank 0 commits in between.
+
+Invariants: the manifest is put after every rank has said that its blobs are durable. Any rank's error ends the take on
+every rank with ``RankError``, and nothing is committed. The manifest's ``.ok`` is the verdict: a rank that can no
+longer hear rank 0 looks for it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+
+from torchsnapshot import knobs
+from torchsnapshot.chunks.writer import ChunkWriter, Encoding
+from torchsnapshot.coordination.distributed import Group
+from torchsnapshot.coordination.messages import CoordinationLost, pack, squeeze, unpack, unsqueeze
+from torchsnapshot.coordination.sessions import Session
+from torchsnapshot.engine.pipeline import Job, Run, submit
+from torchsnapshot.engine.staging import submit_take, wait_staged, warm_up
+from torchsnapshot.errors import CommitUnknownError, LeaseLostError, SnapshotError
+from torchsnapshot.format.entries import ContainerEntry
+from torchsnapshot.ranks import agreement, assembly, ownership
+from torchsnapshot.ranks.agreement import Duty
+from torchsnapshot.ranks.group_decisions import FIGURES, Decisions, pack_exchange, pack_refs, pack_report
+from torchsnapshot.ranks.group_jobs import HashJob, PutJob, PutPackJob
+from torchsnapshot.ranks.replicas import declared_globs, is_declared
+from torchsnapshot.ranks.verdict import wait_for_verdict
+from torchsnapshot.reading.opening import Opened
+from torchsnapshot.state.app_state import read_state
+from torchsnapshot.state.flatten import ShardedLeaf
+from torchsnapshot.stateful import Stateful
+from torchsnapshot.stats import Stats
+from torchsnapshot.store.envelope import ChunkRef, ChunkTable
+from torchsnapshot.store.known import Known, known_for_take
+from torchsnapshot.store.leases import Evidence, read_condemned
+from torchsnapshot.store.locate import open_backend
+from torchsnapshot.store.repository import Repository
+from torchsnapshot.taking import history
+from torchsnapshot.taking.plan import SMALL_CHUNK_NBYTES, Chunk, Leaf, TakePlan, grouped, plan_take
+from torchsnapshot.taking.take import TakeOptions, chunk_writer
+
+logger = logging.getLogger(__name__)
+
+Content = ownership.Content
+
+_CHECK_SECONDS = 0.5
+"""How often a rank that waits for its own work looks whether another one has failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Agreed:
+    """What rank 0 said everybody works on."""
+
+    repository: Repository
+    name: str
+    take_id: str
+    evidence: Evidence
+    globs: Sequence[str]
+    encoding: Encoding
+    is_memory_common: bool
+    """Whether all ranks remember the same take of this store, so that they may plan with what they remember."""
+    known_trees: Collection[bytes]
+    """Digests of trees that rank 0 need not be sent."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What a take holds between staging and commit."""
+
+    agreed: _Agreed
+    known: Known
+    plan: TakePlan
+    writer: ChunkWriter
+    duties: Mapping[str, Duty]
+    own: frozenset[Content]
+    """What is new, and for this rank to write."""
+    shared: Sequence[Content]
+    """What of this other ranks hold, too."""
+    has_shared: bool
+    """Whether any rank writes what others hold, too."""
+    announcement: bytes
+    """What this rank has told of what is new to it."""
+
+
+class GroupTake:
+    """One take of one rank among several. A context: leaving it ends the coordination and drops the lease.
+
+    Args:
+        skips: this rank has an earlier take in flight and wants to skip this one then; if one rank does, all do.
+
+    Attributes:
+        is_skipped: ``begin`` found that some rank skips this take, and has begun nothing.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        path: str,
+        statefuls: Mapping[str, Stateful],
+        options: TakeOptions,
+        *,
+        skips: bool = False,
+    ) -> None:
+        self.stats = Stats()
+        self.is_skipped = False
+        self._skips = skips
+        self._group = group
+        self._path = path
+        self._statefuls = statefuls
+        self._options = options
+        self._session: Session | None = None
+        self._decisions = Decisions(group, path, options, self.stats)
+        self._run: Run | None = None
+        self._work: _Work | None = None
+
+    # ------------------------------------------------------------------ up to staging
+
+    def begin(self, *, in_background: bool) -> None:
+        """Go through *agree* and *exchange*, and hand the work to the engine.
+
+        Args:
+            in_background: return as soon as the caller may change its tensors; else when every blob is durable.
+
+        Raises:
+            RankError: a rank failed; every rank raises it.
+        """
+        session = self._session = self._group.session()
+        with _reported(session):
+            agreed = self._agree(session)
+            if agreed is None:
+                self.is_skipped = True
+                session.leave()
+                return
+            with self.stats.phase("state_dict"):
+                nodes = read_state(self._statefuls, self._options.prepare)
+            with self.stats.phase("index"):
+                parent = history.recall(agreed.repository.store_id)
+                known = known_for_take(agreed.repository, agreed.evidence, parent.take_id)
+            with self.stats.phase("plan"):
+                chunk_nbytes = knobs.get_chunk_size_bytes(agreed.repository.chunk_nbytes)
+                small_nbytes = 0 if knobs.is_batching_disabled() else min(SMALL_CHUNK_NBYTES, chunk_nbytes)
+                # cells come from memory, and all ranks must cut alike
+                previous = parent if agreed.is_memory_common else history.Remembered()
+                plan = plan_take(nodes, previous, chunk_nbytes, small_nbytes)
+            with self.stats.phase("hash"):
+                self._hash(session, plan, known)
+            with self.stats.phase("exchange"):
+                writer = chunk_writer(
+                    agreed.repository, agreed.take_id, self._group.rank, agreed.encoding, in_background=in_background
+                )
+                work = self._work = self._exchange(session, agreed, known, plan, writer)
+            with self.stats.phase("stage" if in_background else "write"):
+                run = self._run = self._start(work, small_nbytes, in_background)
+                _wait(session, partial(wait_staged, run) if in_background else run.wait)
+        if in_background and not self._group.background:
+            # rounds would be collectives, which may not run beside the application's own
+            self.commit()
+
+    def _agree(self, session: Session) -> _Agreed | None:
+        options = self._options
+        with self.stats.phase("agree"):
+            globs = declared_globs(options.replicated, self._statefuls)
+            mine = pack([self._path, globs, history.take_ids(), self._skips])
+            answer, _ = unpack(session.round("agree", mine, self._decisions.agree))
+        if answer is None:
+            return None
+        root, name, take_id, sets, sweeps, usable, globs, encoding, is_memory_common, known_trees = answer
+        lease = self._decisions.lease
+        if lease is not None:
+            return _Agreed(
+                lease.repository, name, take_id, lease.evidence, globs, encoding, is_memory_common, known_trees
+            )
+        with self.stats.phase("open"):
+            backend = open_backend(root, options.storage_options, durable=knobs.is_durable())
+            repository = Repository.create_or_open(backend)
+            try:
+                condemned = read_condemned(repository, sets) if usable else frozenset()
+            except SnapshotError as error:
+                # a collector has finished since rank 0 listed them: without the whole truth nothing is reused
+                logger.info("a condemned set is gone or unreadable, so this rank reuses nothing: %s", error)
+                condemned, usable = frozenset(), False
+        evidence = Evidence(frozenset(sweeps), condemned, usable, tuple(sets))
+        return _Agreed(repository, name, take_id, evidence, globs, encoding, is_memory_common, known_trees)
+
+    def _hash(self, session: Session, plan: TakePlan, known: Known) -> None:
+        jobs: list[Job] = [HashJob(group, known) for group in plan.groups]
+        jobs += [HashJob([chunk], known) for chunk in plan.large]
+        if jobs:
+            run = self._run = submit(jobs, num_workers=knobs.get_num_threads(), budget=knobs.get_memory_budget_bytes())
+            _wait(session, run.wait)
+
+    def _exchange(self, session: Session, agreed: _Agreed, known: Known, plan: TakePlan, writer: ChunkWriter) -> _Work:
+        leaves = [leaf for leaf in plan.leaves if not isinstance(leaf.node, ContainerEntry)]
+        told = [leaf for leaf in leaves if agreement.may_have_other_holders(leaf)]
+        sums = [agreement.sum_of(leaf, declared=is_declared(leaf.path, agreed.globs)) for leaf in told]
+        new = list(dict.fromkeys((chunk.digest, chunk.nbytes) for chunk in plan.chunks() if chunk.ref is None))
+        announcement = ownership.pack_contents(new)
+        message = pack_exchange(announcement, agreement.pack_sums(sums))
+        answer = session.round("exchange", message, self._decisions.exchange)
+        control, _ = unpack(answer)
+        if isinstance(control, bool):
+            answer = session.round("lists", squeeze(announcement) if control else b"", self._decisions.lists)
+        (conflicts, has_shared), (what_to_put, what_to_report) = unpack(answer, 2)
+        if conflicts:
+            raise SnapshotError(self._describe(conflicts, told))
+        duty = ownership.unpack_duty(bytes(what_to_put), len(new))
+        own = [
+            (content, is_shared)
+            for content, writes, is_shared in zip(new, duty.writes, duty.is_shared, strict=True)
+            if writes
+        ]
+        return _Work(
+            agreed,
+            known,
+            plan,
+            writer,
+            dict.fromkeys((leaf.path for leaf in leaves), Duty.OWN)
+            | {leaf.path: Duty(number) for leaf, number in zip(told, what_to_report, strict=True)},
+            frozenset(content for content, _ in own),
+            [content for content, is_shared in own if is_shared],
+            has_shared,
+            announcement,
+        )
+
+    def _describe(self, conflicts: Sequence[tuple[int, int]], leaves: Sequence[Leaf]) -> str:
+        lines = []
+        for index, other in conflicts[:20]:
+            leaf = leaves[index]
+            kind = "hold the same part of this tensor" if isinstance(leaf.node, ShardedLeaf) else "are replicas"
+            lines.append(f"  {leaf.path}: ranks {self._group.rank} and {other} {kind}, but their contents differ")
+        more = f"\n  and {len(conflicts) - 20} more" if len(conflicts) > 20 else ""
+        return "\n".join(["ranks that must hold the same do not:", *lines]) + more
+
+    def _start(self, work: _Work, small_nbytes: int, in_background: bool) -> Run:
+        first: dict[Content, Chunk] = {}
+        for chunk in work.plan.chunks():
+            content = (chunk.digest, chunk.nbytes)
+            if chunk.ref is None and content in work.own:
+                first.setdefault(content, chunk)
+        small = [chunk for chunk in first.values() if chunk.nbytes < small_nbytes]
+        jobs: list[Job] = [PutPackJob(group, work.writer) for group in grouped(small)]
+        jobs += [PutJob(chunk, work.known, work.writer) for chunk in first.values() if chunk.nbytes >= small_nbytes]
+        return submit_take(jobs, concurrency=work.agreed.repository.backend.concurrency, in_background=in_background)
+
+    # ------------------------------------------------------------------ to the commit
+
+    def commit(self) -> Opened | None:
+        """Wait until this rank's blobs are durable, report, and wait for the verdict.
+
+        Returns:
+            The snapshot on rank 0; None on the others, which open it when they need it.
+
+        Raises:
+            RankError: a rank failed; nothing was committed.
+            CommitUnknownError: the verdict could not be learned.
+        """
+        session, work, run = self._session, self._work, self._run
+        if session is None or work is None or run is None:
+            return self._decisions.opened
+        with _reported(session):
+            with self.stats.phase("write"):
+                _wait(session, run.wait)
+            session.check()
+            self._settle(session, work)
+            value = self._report(work)
+        with self.stats.phase("commit"):
+            try:
+                with _reported(session):
+                    verdict, _ = unpack(session.finish(value, self._decisions.commit))
+                if verdict is not None:
+                    raise CommitUnknownError(verdict)
+            except CoordinationLost as lost:
+                self._look_for_verdict(work, lost)
+        # what others have put for this rank is known to it from now on, too
+        refs = {chunk.ref.digest: chunk.ref for chunk in work.plan.chunks() if chunk.ref is not None}
+        work.known.learn(list(refs.values()), work.agreed.take_id)
+        history.remember(work.agreed.repository.store_id, history.Remembered.of_plan(work.agreed.take_id, work.plan))
+        warm_up(run)
+        self._work = None
+        return self._decisions.opened
+
+    def _settle(self, session: Session, work: _Work) -> None:
+        """Learn where the contents are that others put, and give every chunk its place."""
+        stored: dict[Content, ChunkRef] = {(ref.digest, ref.nbytes): ref for ref in work.writer.refs}
+        if work.has_shared:
+            with self.stats.phase("places"):
+                refs = pack_refs(stored[content] for content in work.shared)
+                answer = session.round("places", squeeze(refs, work.announcement), self._decisions.places)
+                stored |= {
+                    (ref.digest, ref.nbytes): ref
+                    for ref in ChunkTable.unpack(unsqueeze(answer, work.announcement)).iter_refs()
+                }
+        for chunk in work.plan.chunks():
+            if chunk.ref is None:
+                chunk.ref = stored[chunk.digest, chunk.nbytes]
+
+    def _report(self, work: _Work) -> bytes:
+        """What this rank has and what it did, for the manifest."""
+        plan, new, stats = work.plan, work.writer.refs, self.stats
+        stats.state_nbytes = plan.state_nbytes
+        stats.num_chunks = sum(len(leaf.chunks) for leaf in plan.leaves)
+        stats.num_new_chunks = len(new)
+        stats.new_nbytes = sum(ref.nbytes for ref in new)
+        stats.reused_nbytes = max(0, sum(chunk.nbytes for chunk in plan.chunks()) - stats.new_nbytes)
+        stats.stored_nbytes, stats.num_blobs = work.writer.stored_nbytes, work.writer.num_blobs
+        # in the manifest's head, what several ranks hold counts once
+        counted = [leaf for leaf in plan.leaves if self._counts(work.duties.get(leaf.path))]
+        chunk_nbytes = sum(chunk.nbytes for leaf in counted for chunk in leaf.chunks)
+        figures = {
+            **{name: getattr(stats, name) for name in FIGURES},
+            "state_nbytes": chunk_nbytes + sum(len(leaf.inline or b"") for leaf in counted),
+            "num_chunks": sum(len(leaf.chunks) for leaf in counted),
+        }
+        report = assembly.report_of(plan, work.duties, self._group.rank)
+        numbers = [figures[name] for name in FIGURES]
+        return pack_report(numbers, chunk_nbytes, report, work.announcement, work.agreed.known_trees)
+
+    def _counts(self, duty: Duty | None) -> bool:
+        return duty is Duty.OWN or (duty is Duty.REPLICATED and self._group.rank == 0)
+
+    def _look_for_verdict(self, work: _Work, lost: CoordinationLost) -> None:
+        """The other ranks cannot be heard any more: the store says whether this take was committed."""
+        agreed = work.agreed
+        if not wait_for_verdict(agreed.repository, agreed.name, agreed.take_id):
+            raise CommitUnknownError(
+                f"{self._path}: the other ranks can no longer be heard, and the take {agreed.take_id} has not been "
+                f"committed so far. Look again later: Snapshot.list shows it if it has been after all. {lost}"
+            ) from lost
+        logger.warning("%s is committed, though the other ranks can no longer be heard: %s", self._path, lost)
+
+    # ------------------------------------------------------------------ the end
+
+    def close(self) -> None:
+        """Stop what still runs, end the coordination, drop the lease. May be called at any point, more than once."""
+        run, lease = self._run, self._decisions.lease
+        if run is not None and not run.done:
+            run.cancel()
+        if self._session is not None:
+            self._session.leave()
+        if lease is not None:
+            if run is not None and not run.done and not lease.repository.backend.is_local:
+                # a request of this rank may still be under way
+                lease.requests.unanswered = True
+            lease.close()
+        self._run = self._work = None
+
+    def __enter__(self) -> GroupTake:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _wait(session: Session, wait: Callable[[float], bool]) -> None:
+    """Wait for a run, but no longer once another rank is known to have failed."""
+    while not wait(_CHECK_SECONDS):
+        session.check()
+
+
+class _reported:
+    """A context that tells the other ranks of an error, and raises what they raise too."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None or isinstance(error, CoordinationLost):
+            return
+        raised = self._session.fail(error)
+        if isinstance(raised.__cause__, LeaseLostError):
+            # to its holder it is what it is; the others are told what happened to rank 0
+            raise raised.__cause__
+        # an interrupt is told to the others, but remains an interrupt here
+        if raised is not error and isinstance(error, Exception):
+            raise raised

@@ -1,0 +1,103 @@
+"""The units of work of a take, as the engine carries them: one large chunk, or one group of small ones.
+
+What lives here: compare → stage → digest → known? → put, for one unit. What doesn't: the order of a take's steps
+(``take``), what is cut how (``plan``), how bytes are stored, and that one content is stored once (``chunks.writer``),
+what becomes of packs that are hardly used any more (``repack``).
+
+Invariant: the digest that names a blob is computed over the very buffer that is encoded and put: copy, digest of the
+copy, put. A digest of live memory only answers "is this what the last take stored here?"; where it isn't, the bytes
+are copied and the copy is hashed. So a tensor that another thread changes meanwhile cannot poison the store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torchsnapshot.chunks.reader import digest_of
+from torchsnapshot.chunks.writer import ChunkWriter
+from torchsnapshot.engine.buffers import Buffer
+from torchsnapshot.store.envelope import ChunkRef
+from torchsnapshot.store.known import Known
+from torchsnapshot.taking.plan import Chunk
+
+
+def _holds_still(chunk: Chunk, known: Known) -> bool:
+    """Whether live memory equals what the last take stored here, and that may be reused; then the chunk is done."""
+    if chunk.previous is None or chunk.changed_last_time:
+        return False
+    live = chunk.source.live(chunk.piece.offset, chunk.nbytes)
+    if live is None or digest_of(live) != chunk.previous:
+        return False
+    chunk.ref = known.lookup(chunk.previous, chunk.nbytes)
+    return chunk.ref is not None
+
+
+class ChunkJob:
+    """Carries one large chunk."""
+
+    def __init__(self, chunk: Chunk, known: Known, writer: ChunkWriter) -> None:
+        self.nbytes = chunk.nbytes
+        self._chunk = chunk
+        self._known = known
+        self._writer = writer
+
+    def stage(self, buffer: Buffer | None) -> bool:
+        """Compare with the last take; where that differs, copy."""
+        if _holds_still(self._chunk, self._known):
+            return False
+        assert buffer is not None
+        self._chunk.source.stage(self._chunk.piece.box, buffer.memory(self.nbytes))
+        return True
+
+    def finish(self, buffer: Buffer | None) -> None:
+        """Hash the copy and put it, unless its content is known."""
+        assert buffer is not None
+        raw = buffer.memory(self.nbytes)
+        digest = digest_of(raw)
+        ref = self._known.lookup(digest, self.nbytes)
+        self._chunk.ref = ref or self._put(raw, digest)
+
+    def _put(self, raw: memoryview, digest: bytes) -> ChunkRef:
+        chunk, previous = self._chunk, None
+        if self._writer.wants_bases and chunk.previous is not None:
+            previous = self._known.lookup(chunk.previous, chunk.nbytes)
+        return self._writer.put_chunk(raw, digest, chunk.width, path=chunk.path, previous=previous)
+
+
+class GroupJob:
+    """Carries a group of small chunks; those that are new become one pack."""
+
+    def __init__(self, group: Sequence[Chunk], known: Known, writer: ChunkWriter) -> None:
+        self.nbytes = sum(chunk.nbytes for chunk in group)
+        self._group = group
+        self._known = known
+        self._writer = writer
+        self._staged: list[tuple[Chunk, int]] = []
+
+    def stage(self, buffer: Buffer | None) -> bool:
+        """Compare each member with the last take; copy what differs."""
+        assert buffer is not None
+        memory = buffer.memory(self.nbytes)
+        offset = 0
+        for chunk in self._group:
+            if not _holds_still(chunk, self._known):
+                chunk.source.stage(chunk.piece.box, memory[offset : offset + chunk.nbytes])
+                self._staged.append((chunk, offset))
+                offset += chunk.nbytes
+        return bool(self._staged)
+
+    def finish(self, buffer: Buffer | None) -> None:
+        """Hash the copies and put those that are new as one pack."""
+        assert buffer is not None
+        memory = buffer.memory(self.nbytes)
+        new = []
+        for chunk, offset in self._staged:
+            raw = memory[offset : offset + chunk.nbytes]
+            digest = digest_of(raw)
+            chunk.ref = self._known.lookup(digest, chunk.nbytes)
+            if chunk.ref is None:
+                new.append((chunk, (digest, raw, chunk.width)))
+        if new:
+            refs = self._writer.put_pack([member for _, member in new])
+            for (chunk, _), ref in zip(new, refs, strict=True):
+                chunk.ref = ref
