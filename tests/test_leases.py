@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import logging
 import os
@@ -27,6 +28,7 @@ from torchsnapshot.errors import (
     StoreFullError,
     StoreUnavailableError,
 )
+from torchsnapshot.store import durable_names
 from torchsnapshot.store.backend import Backend
 from torchsnapshot.store.gc import collect
 from torchsnapshot.store.keys import SIGNPOST, ManifestName, new_id
@@ -272,6 +274,25 @@ def test_a_lost_answer_to_the_ok_is_looked_up() -> None:
     newest = repository.newest_committed("step")
     assert newest is not None
     assert newest.manifest == manifest
+
+
+def test_an_ok_that_may_not_outlive_a_power_failure_is_an_unknown_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its name is there when the fsync of its folder fails; the older generation stays for whoever comes back."""
+    repository = Repository.create_or_open(LocalBackend(str(tmp_path)))
+    older = take(repository, "step", b"old")
+    fsync_folder = durable_names.fsync_folder
+
+    def failing(path: str) -> int:
+        if list(Path(path).glob("000002-*.ok")):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return fsync_folder(path)
+
+    monkeypatch.setattr(durable_names, "fsync_folder", failing)
+    with begin(repository) as session, pytest.raises(CommitUnknownError, match="Input/output error"):
+        commit(session)
+    assert older.manifest in [ref.manifest for ref in repository.manifests_of("step") if ref.committed]
 
 
 def test_no_answer_to_the_ok_is_an_unknown_commit() -> None:

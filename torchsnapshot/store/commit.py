@@ -107,10 +107,13 @@ def _put_ok(repository: Repository, ref: ManifestRef, requests: Requests) -> Non
     try:
         requests.put(key, b"")
     except Exception as error:
-        if repository.backend.is_local and isinstance(error, (StoreFullError, ReadOnlyError)):
-            # a local store has refused it before anything was written: the manifest goes too
-            _discard(repository, ref)
-            raise
+        if repository.backend.is_local:
+            if isinstance(error, (StoreFullError, ReadOnlyError)):
+                # a local store has refused it before anything was written: the manifest goes too
+                _discard(repository, ref)
+                raise
+            # seen or not, it may be lost with the next power failure: what failed may have been its fsync
+            raise _unknown(repository, ref, "whether it is committed for good", error) from error
         try:
             repository.backend.stat(key)
         except Exception:
