@@ -794,6 +794,20 @@ def test_pickle_of_a_class_that_is_gone(path: str, monkeypatch: pytest.MonkeyPat
         restored(path, allow_pickle=True)
 
 
+@pytest.mark.parametrize("paths", [None, ["*"]])
+def test_a_pickle_that_fails_after_tensors_were_written_says_that_the_target_is_a_mix(
+    path: str, monkeypatch: pytest.MonkeyPatch, paths: list[str] | None
+) -> None:
+    """The other keys' values are not loaded either, so that as little as possible is mixed."""
+    Snapshot.take(path, {"a": StateDict(step=7), "b": StateDict(t=torch.ones(300)), "c": StateDict(odd=Odd(1))})
+    monkeypatch.delattr(f"{Odd.__module__}.Odd") if "." in Odd.__module__ else monkeypatch.delitem(globals(), "Odd")
+    states = {"a": StateDict(step=0), "b": StateDict(t=torch.zeros(300)), "c": StateDict(odd=None)}
+    with pytest.raises(PartialRestoreError, match=r"a mix of old and new values\. c/odd: the pickle of a .*Odd"):
+        Snapshot(path).restore(states, paths=paths, allow_pickle=True)
+    assert states["b"]["t"].all()
+    assert states["a"]["step"] == 0
+
+
 @pytest.mark.parametrize("key", ["aaa", "zzz"])
 def test_random_state_after_a_restore_is_that_after_the_take(path: str, key: str) -> None:
     """Whatever the objects do while they are asked and loaded, numbers drawn next are those drawn after the take."""

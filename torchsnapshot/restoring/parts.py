@@ -88,6 +88,11 @@ class Part:
                 return None
         return finder.find(path, entry, current)
 
+    @property
+    def writes(self) -> bool:
+        """Whether tensors of the application are written to, once the part has been gathered and read."""
+        return any(target.is_own for target in self._targets.values())
+
     def leaf(self, path: str, entry: Entry) -> Any:
         """The restored tensor, value or object at a path."""
         if isinstance(entry, (TensorEntry, ShardedTensorEntry)):

@@ -22,6 +22,7 @@ import torch
 from torchsnapshot.errors import (
     AbsentStateError,
     MismatchError,
+    PartialRestoreError,
     PickleRefusedError,
     SnapshotNotFoundError,
 )
@@ -72,6 +73,25 @@ class RestoreOptions:
 
     def __post_init__(self) -> None:
         check_missing_rank(self.missing_rank)
+        check_flag("strict", self.strict)
+        check_flag("allow_pickle", self.allow_pickle)
+        check_device(self.device)
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise ``TypeError`` for what is no bool: ``allow_pickle="no"`` would allow it."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, not {value!r}")
+
+
+def check_device(device: torch.device | str | None) -> None:
+    """Raise ``ValueError`` for a device that torch cannot use here."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        # an AssertionError is what torch raises for a backend that it was built without
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device={str(device)!r} cannot be used: {reason}") from error
 
 
 def restore(opened: Opened, statefuls: Mapping[str, Stateful], options: RestoreOptions) -> Stats:
@@ -155,12 +175,30 @@ def _restore_whole(
     with stats.phase("read"):
         work.run()
     with stats.phase("load"):
-        for key, part in wanted.items():
-            load(key, statefuls[key], part.build(), options.strict)
+        for key, state in _built(wanted).items():
+            load(key, statefuls[key], state, options.strict)
     if refused:
         raise PickleRefusedError(refusal(refused, list(wanted)))
     history.note_commit_time(opened.repository.store_id, manifest.head.created_ms)
     history.remember(opened.repository.store_id, history.Remembered.of_manifest(manifest, options.rank))
+
+
+def _built(parts: Mapping[str, Part]) -> dict[str, Any]:
+    """All parts put together, before any of them is handed to its object.
+
+    Raises:
+        PartialRestoreError: one of them cannot be, and tensors have been written by now.
+        SnapshotError: one of them cannot be; the target is as it was.
+    """
+    try:
+        return {key: part.build() for key, part in parts.items()}
+    except Exception as error:
+        if not any(part.writes for part in parts.values()):
+            raise
+        raise PartialRestoreError(
+            "the restore failed after tensors had been written, and before any load_state_dict was called: the target "
+            f"is now a mix of old and new values. {error}"
+        ) from error
 
 
 def _check_names(
@@ -243,8 +281,7 @@ def _restore_part(
     with stats.phase("read"):
         work.run()
     with stats.phase("load"):
-        for target, part in parts.items():
-            replacements[target] = part.build()
+        replacements.update(_built(parts))
         for key, stateful in statefuls.items():
             state, placed = lay_over(escape(key), states[escape(key)], replacements)
             if placed:
