@@ -140,6 +140,12 @@ class TestStoreArgument:
         with pytest.raises(ValueError, match="gc looks for"):
             where(runs / "step_1", named)
 
+    @pytest.mark.parametrize(("path", "store"), [("/", None), ("/run7/step_1", "/")])
+    def test_root_of_the_filesystem(self, path: str, store: str | None) -> None:
+        """No store is made in ``/``: gc would search the whole machine for snapshots."""
+        with pytest.raises(ValueError, match="Choose a folder below"):
+            place_for_take(path, store)
+
     def test_on_another_device(self, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """A store= on another device than the path is refused."""
         real = locate.device_of

@@ -76,10 +76,14 @@ def as_stateful(key: str, value: Any) -> Stateful:
     Raises:
         TypeError: it is neither.
     """
-    if isinstance(value, Stateful):
+    # a class has the methods of its objects, but nobody whose state they could read
+    if isinstance(value, Stateful) and not isinstance(value, type):
         return value
     if isinstance(value, dict):
         wrapped = StateDict()
         wrapped.data = value
         return wrapped
-    raise TypeError(f"Expected Stateful in app_state for key {key}, got {type(value)}.")
+    raise TypeError(
+        f"Expected Stateful in app_state for key {key}, got {value if isinstance(value, type) else type(value)}. Pass "
+        "an object with state_dict() and load_state_dict(), or put the value into a dict."
+    )

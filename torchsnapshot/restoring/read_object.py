@@ -22,13 +22,21 @@ from torchsnapshot.reading.reads import Reading
 from torchsnapshot.restoring.elastic import without
 from torchsnapshot.restoring.live_state import find
 from torchsnapshot.restoring.parts import Part, gather
-from torchsnapshot.restoring.restore import check_key, refusal, still_committed
+from torchsnapshot.restoring.restore import check_allow_pickle, check_key, refusal, still_committed
 from torchsnapshot.stats import Stats
 from torchsnapshot.store.leases import reading
 
 
 def read_object(opened: Opened, path: str, target: Any, budget_nbytes: int | None, allow_pickle: bool) -> Any:
     """Read one value. See ``Snapshot.read_object``."""
+    # whoever is not checked by mypy may pass anything
+    given: object = path
+    if not isinstance(given, str):
+        raise TypeError(f"path must be a str as in '0/model/weight', not {given!r}")
+    budget: object = budget_nbytes
+    if budget is not None and (not isinstance(budget, int) or budget < 1):
+        raise ValueError(f"memory_budget_bytes must be a positive number of bytes, not {budget!r}")
+    check_allow_pickle(allow_pickle)
     with reading(opened.repository, opened.name), other_generations_named(opened):
         manifest = still_committed(opened)
         rank, _, wanted = path.partition("/")
@@ -54,6 +62,10 @@ def read_object(opened: Opened, path: str, target: Any, budget_nbytes: int | Non
 
 def read_state_dict(opened: Opened, key: str, rank: int, allow_pickle: bool) -> Any:
     """Read the whole state of one key, as one rank had it. See ``Snapshot.get_state_dict_for_key``."""
+    given: object = key
+    if not isinstance(given, str):
+        raise TypeError(f"key must be a str, one of those of app_state, not {given!r}")
+    check_allow_pickle(allow_pickle)
     with reading(opened.repository, opened.name), other_generations_named(opened):
         manifest = still_committed(opened)
         path = check_key(manifest, key)

@@ -73,15 +73,14 @@ class RestoreOptions:
 
     def __post_init__(self) -> None:
         check_missing_rank(self.missing_rank)
-        check_flag("strict", self.strict)
-        check_flag("allow_pickle", self.allow_pickle)
+        check_allow_pickle(self.allow_pickle)
         check_device(self.device)
 
 
-def check_flag(name: str, value: object) -> None:
+def check_allow_pickle(allow_pickle: object) -> None:
     """Raise ``TypeError`` for what is no bool: ``allow_pickle="no"`` would allow it."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, not {value!r}")
+    if not isinstance(allow_pickle, bool):
+        raise TypeError(f"allow_pickle must be True, False or None, not {allow_pickle!r}")
 
 
 def check_device(device: torch.device | str | None) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torchsnapshot.errors import MismatchError
 
@@ -22,8 +23,14 @@ class Selection:
     """
 
     def __init__(self, paths: Sequence[str] | None, rename: Callable[[str], str] | None) -> None:
-        if isinstance(paths, str):
-            raise TypeError(f"paths must be a list of globs, not the str {paths!r}")
+        # whoever is not checked by mypy may pass anything
+        globs: Any = paths
+        is_list = isinstance(globs, (list, tuple, set, frozenset))
+        if globs is not None and not (is_list and all(isinstance(glob, str) for glob in globs)):
+            raise TypeError(f"paths must be a list of globs, as in ['model/*'], not {globs!r}")
+        function: object = rename
+        if function is not None and not callable(function):
+            raise TypeError(f"rename must be a function from stored path to path in the target, not {function!r}")
         self._paths = paths
         self._rename = rename
         self._matched: set[str] = set()

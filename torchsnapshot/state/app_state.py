@@ -31,9 +31,16 @@ def check_app_state(app_state: Mapping[str, Any]) -> dict[str, Stateful]:
     """The state's objects by key, in the order in which they are asked: sorted, an ``RNGState`` last.
 
     Raises:
-        TypeError: a key is no str, or a value has no ``state_dict``/``load_state_dict`` and is no dict.
+        TypeError: it is no dict, a key is no str, or a value has no ``state_dict``/``load_state_dict`` and is no dict.
         RuntimeError: there is more than one ``RNGState``.
     """
+    # whoever is not checked by mypy may pass anything, most often a module by itself
+    given: object = app_state
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            "app_state must be a dict of objects by key, as in {'model': model, 'optim': optimizer}, not "
+            f"{type(given).__name__}"
+        )
     statefuls: dict[str, Stateful] = {}
     for key, value in app_state.items():
         if not isinstance(key, str):

@@ -94,7 +94,12 @@ def collect(
             deleted.
         NewerFormatError: a newer version of the library uses this store.
         StoreError: the store could not be read or written.
+        ValueError: ``wait`` is no number of seconds.
     """
+    # whoever is not checked by mypy may pass anything, and a NaN would be waited for without end
+    seconds: object = wait
+    if not isinstance(seconds, (int, float)) or not seconds >= 0:
+        raise ValueError(f"wait must be a number of seconds, 0 or more, not {seconds!r}")
     collector = _Collector(repository, wait, force, progress, clock, mount)
     if dry_run:
         plan = collector.plan()

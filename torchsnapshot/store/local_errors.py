@@ -43,6 +43,8 @@ def translate(error: OSError, url: str, action: str, key: str, *, writing: bool)
     reason = error.strerror or str(error)
     message = f"{url}: {action} {key!r}: {reason}" if key else f"{url}: {action}: {reason}"
     cure = _CURES.get(number)
+    if number == errno.ENOENT and writing:
+        cure = "its folder was removed meanwhile, or this filesystem lets nobody make one there"
     if cure is not None:
         message = f"{message} ({cure})"
     return _kind(number, writing)(message)

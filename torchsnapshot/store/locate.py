@@ -104,6 +104,11 @@ def parse(path: str | os.PathLike[str]) -> Location:
             f"{text}: a URL has two slashes, {squeezed[1]}://… (pathlib makes one of them: pass URLs as str); a local "
             f"folder of that name is ./{text}"
         )
+    if text == "~" or text.startswith("~/"):
+        raise ValueError(
+            f"{text}: '~' means the home folder only to a shell: pass os.path.expanduser({text!r}); a local folder of "
+            f"that name is ./{text}"
+        )
     protocol, separator, rest = text.partition("://")
     if not separator or protocol in _LOCAL_PROTOCOLS:
         local = os.path.realpath(rest if separator else text)
@@ -193,11 +198,16 @@ def place_for_take(
     path itself.
 
     Raises:
-        ValueError: ``store`` isn't above the path or lies on another device; or the take would lie inside another
-            snapshot's folder, around other snapshots, in place of one of the old torchsnapshot, or below a file.
+        ValueError: ``store`` isn't above the path, lies on another device or is ``/``; or the take would lie inside
+            another snapshot's folder, around others, in place of one of the old torchsnapshot, or below a file.
     """
     place = parse(path)
     root = _root_for_take(place, store, storage_options)
+    if root.is_local and not root.parts:
+        raise ValueError(
+            f"{place.url}: the store would be in /, where gc would have to search the whole machine for snapshots. "
+            "Choose a folder below it"
+        )
     name = place.name_below(root)
     assert name is not None
     found = Place(open_backend(root.url, storage_options, durable=durable), root.url, name)

@@ -12,6 +12,7 @@ import fnmatch
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torchsnapshot.store.repository import Repository, SnapshotInfo
 
@@ -44,11 +45,19 @@ def plan_retention(
         keep: keep those whose name, or its last component, matches one of these patterns (``*``, ``?``, ``[…]``).
 
     Raises:
+        TypeError: a number is no int, or ``keep`` is no list of patterns.
         ValueError: no rule is given, or a number is not positive.
     """
     if last is None and every is None and not keep:
         raise ValueError("a retention policy needs at least one rule: last, every or keep")
-    for name, value in (("last", last), ("every", every)):
+    # whoever is not checked by mypy may pass anything, and what is misread here is deleted
+    globs: Any = keep
+    if not isinstance(globs, (list, tuple, set, frozenset)) or not all(isinstance(glob, str) for glob in globs):
+        raise TypeError(f"keep must be a list of patterns, as in ['best*'], not {globs!r}")
+    numbers: dict[str, object] = {"last": last, "every": every}
+    for name, value in numbers.items():
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            raise TypeError(f"{name} must be an int, not {value!r}")
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}")
     kept = []

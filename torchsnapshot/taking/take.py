@@ -31,7 +31,7 @@ from torchsnapshot.format.entries import (
 from torchsnapshot.reading.opening import Opened
 from torchsnapshot.state.app_state import PrepareTensor, read_state
 from torchsnapshot.state.flatten import Node
-from torchsnapshot.state.values import encode
+from torchsnapshot.state.values import NotPlain, encode
 from torchsnapshot.stateful import Stateful
 from torchsnapshot.stats import Stats
 from torchsnapshot.store.backend import StorageOptions
@@ -54,7 +54,8 @@ class TakeOptions:
 
     Raises:
         ValueError: an unknown encoding, or user metadata that is too large.
-        TypeError: ``replicated`` is not a list of globs, or ``user_metadata`` no dict with str keys.
+        TypeError: ``replicated`` is not a list of globs, ``user_metadata`` no dict of plain values with str keys, or
+            ``prepare`` no function.
     """
 
     replicated: Sequence[str] | None = None
@@ -69,14 +70,22 @@ class TakeOptions:
             raise ValueError(f"encoding={self.encoding!r}: allowed are {', '.join(map(repr, get_args(Encoding)))}")
         # whoever is not checked by mypy may pass anything
         globs: Any = self.replicated
-        if globs is not None and (isinstance(globs, str) or not all(isinstance(glob, str) for glob in globs)):
+        is_list = isinstance(globs, (list, tuple, set, frozenset))
+        if globs is not None and not (is_list and all(isinstance(glob, str) for glob in globs)):
             raise TypeError(f"replicated must be a list of globs, got {globs!r}")
+        prepare: object = self.prepare
+        if prepare is not None and not callable(prepare):
+            raise TypeError(f"_custom_tensor_prepare_func must be a function, got {prepare!r}")
         metadata: Any = self.user_metadata
         if metadata is None:
             return
         if not isinstance(metadata, Mapping) or not all(isinstance(key, str) for key in metadata):
             raise TypeError(f"user_metadata must be a dict with str keys, got {metadata!r}")
-        if len(encode(dict(metadata))) > MAX_INLINE_NBYTES:
+        try:
+            encoded = encode(dict(metadata))
+        except NotPlain as error:
+            raise TypeError(f"user_metadata: {error}; put it into app_state") from error
+        if len(encoded) > MAX_INLINE_NBYTES:
             raise ValueError(f"user_metadata is larger than {MAX_INLINE_NBYTES} bytes; put it into app_state as a dict")
 
 
