@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -15,8 +16,10 @@ from launch import launch, succeed
 from torchsnapshot import Snapshot, StateDict
 from torchsnapshot.errors import SnapshotError, StoreFullError, StoreUnavailableError
 from torchsnapshot.maintenance import collect
+from torchsnapshot.ranks import group_take
 from torchsnapshot.store.backend import Backend
 from torchsnapshot.store.local import LocalBackend
+from torchsnapshot.store.locate import open_backend
 
 State = dict[str, Any]
 
@@ -85,6 +88,17 @@ def puts_fail(on_rank: int, nth: int, error: Callable[[], Exception], prefix: st
         LocalBackend.put = put  # type: ignore[method-assign]
 
 
+@contextmanager
+def own_disk(on_rank: int, root: str) -> Iterator[None]:
+    """What is the job's folder to all other ranks is a folder of this rank's own machine."""
+
+    def elsewhere(url: str, *args: Any, **options: Any) -> Backend:
+        return open_backend(f"{root}-of-{on_rank}", *args, **options)
+
+    with patch.object(group_take, "open_backend", elsewhere if dist.get_rank() == on_rank else open_backend):
+        yield
+
+
 class Raising(StateDict):
     """A Stateful that cannot give its state."""
 
@@ -132,6 +146,8 @@ def failures(root: str) -> dict[str, Any]:
         with puts_fail(2, 1, lambda: StoreUnavailableError("second put"), BLOBS):
             seen[f"{name} second put"] = told(lambda: take(f"{root}/second", state_of(rank, version + 0.7)))  # noqa: B023
         take_works(root, f"{name} after puts", version + 0.9)
+        with own_disk(1, root):
+            seen[f"{name} own disk"] = told(lambda: take(f"{root}/apart", state_of(rank, version + 0.8)))  # noqa: B023
         with puts_fail(0, 0, lambda: StoreFullError("no manifest"), f"failed-{name} manifest"):
             fails(f"{name} manifest", lambda version: state_of(rank, version), take)
     return seen
@@ -169,6 +185,7 @@ def test_any_failure_ends_the_take_everywhere(tmp_path: Path) -> None:
                 ("full 1", 1, "disk full"),
                 ("full 2", 2, "disk full"),
                 ("second put", 2, "second put"),
+                ("own disk", 1, "one folder or bucket for all ranks"),
                 ("manifest", 0, "no manifest"),
             ]:
                 kind, ranks, message = seen[f"{name} {label}"]

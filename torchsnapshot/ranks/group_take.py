@@ -44,7 +44,7 @@ from torchsnapshot.stateful import Stateful
 from torchsnapshot.stats import Stats
 from torchsnapshot.store.envelope import ChunkRef, ChunkTable
 from torchsnapshot.store.known import Known, known_for_take
-from torchsnapshot.store.leases import Evidence, read_condemned
+from torchsnapshot.store.leases import Evidence, check_lease_is_there, read_condemned
 from torchsnapshot.store.locate import open_backend
 from torchsnapshot.store.repository import Repository
 from torchsnapshot.taking import history
@@ -184,7 +184,9 @@ class GroupTake:
             )
         with self.stats.phase("open"):
             backend = open_backend(root, options.storage_options, durable=knobs.is_durable())
+            # opened first: a client of a network filesystem may have noted that there is no store yet
             repository = Repository.create_or_open(backend)
+            check_lease_is_there(backend, take_id)
             try:
                 condemned = read_condemned(repository, sets) if usable else frozenset()
             except SnapshotError as error:

@@ -31,6 +31,7 @@ from torchsnapshot.errors import (
     SnapshotError,
     StoreError,
 )
+from torchsnapshot.store.backend import Backend
 from torchsnapshot.store.clock import SYSTEM_CLOCK, Clock
 from torchsnapshot.store.commit import Requests, commit_manifest
 from torchsnapshot.store.evidence import Evidence, read_condemned, read_evidence
@@ -49,6 +50,7 @@ __all__ = [
     "Evidence",
     "ReadSession",
     "TakeSession",
+    "check_lease_is_there",
     "read_condemned",
     "read_evidence",
     "reading",
@@ -335,6 +337,21 @@ def reading(
     else:
         session.lease_id = lease_id
     return session
+
+
+def check_lease_is_there(backend: Backend, take_id: str) -> None:
+    """See that a rank which is about to put blobs looks at the very store that the lease of its take was put into.
+
+    Raises:
+        SnapshotError: it doesn't: what it puts there could not be found by anybody else.
+    """
+    try:
+        backend.stat(f"{LEASES_FOLDER}/{take_id}")
+    except KeyAbsentError as error:
+        raise SnapshotError(
+            f"{backend.url} is another place for this rank than for rank 0: what rank 0 has just put is not there. The "
+            "path must lead to one folder or bucket for all ranks, not to a disk of each machine's own"
+        ) from error
 
 
 _open_beats: weakref.WeakSet[_Beat] = weakref.WeakSet()
