@@ -207,6 +207,42 @@ def test_the_lease_stays_while_a_write_may_be_under_way(is_local: bool) -> None:
     assert repository.manifests_of("step") == []
 
 
+@pytest.mark.parametrize("is_read", [True, False])
+def test_ctrl_c_while_a_session_begins_leaves_no_heartbeat(is_read: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else its thread would renew a lease that nobody can end, and every gc would wait for that in vain."""
+    repository = new_store()
+    started: list[threading.Thread] = []
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        started.append(thread)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        (reading if is_read else start_take)(repository, "step")
+    (thread,) = started
+    thread.join()
+    assert protocol_objects(repository.backend) == []
+
+
+def test_ctrl_c_while_the_lease_is_put_leaves_none(tmp_path: Path) -> None:
+    """On a local store it is known that nothing lands later."""
+
+    class Interrupted(WrappingBackend):
+        def around(self, operation: str, key: str, call: Callable[[], object]) -> object:
+            found = call()
+            if operation == "put" and key.startswith(LEASES_FOLDER):
+                raise KeyboardInterrupt
+            return found
+
+    repository = Repository.create_or_open(LocalBackend(str(tmp_path)))
+    with pytest.raises(KeyboardInterrupt):
+        start_take(reopened(repository, Interrupted(repository.backend)), "step")
+    assert protocol_objects(repository.backend) == []
+
+
 def test_a_session_commits_once_and_not_after_its_end() -> None:
     """What has ended holds no lease, so it must not commit."""
     repository = new_store()

@@ -98,7 +98,9 @@ class _Beat:
             try:
                 self._thread.start()
             except BaseException:
-                # nobody would renew the lease, and nobody would delete it
+                # nobody would end the session; where Ctrl-C came while the thread was starting, it runs all the same
+                # and would bring the lease back for ever
+                self._stop.set()
                 self._thread = None
                 self._drop()
                 raise
@@ -181,10 +183,17 @@ class _Session:
 
     def _open(self, kind: str, lease_id: str, heartbeat_seconds: float | None) -> None:
         beat = _Beat(self.repository, lease_id, Lease(kind, current_process(), self.name), heartbeat_seconds)
-        beat.start()
-        self._beat = beat
-        weakref.finalize(self, beat.forget).atexit = False
-        _open_beats.add(beat)
+        try:
+            beat.start()
+            weakref.finalize(self, beat.forget).atexit = False
+            _open_beats.add(beat)
+            self._beat = beat
+        except Exception:
+            raise
+        except BaseException:
+            # Ctrl-C: whoever opens the session will not get hold of it
+            beat.end()
+            raise
 
     def beat(self) -> None:
         """Renew the lease now, as its thread does every ``HEARTBEAT_SECONDS``."""
