@@ -140,7 +140,7 @@ class LocalBackend(Backend):
         name = key.rpartition("/")[2]
         owner = parse_blob_key(name) or parse_manifest_name(name.removesuffix(OK_SUFFIX))
         label = owner.take_id if owner is not None else f"anon-{os.getpid()}"
-        return f"{label}-{next(self._counter)}-{os.urandom(4).hex()}"
+        return f"{label}-{next(self._counter)}-{os.urandom(8).hex()}"
 
     # ---- folders
 
