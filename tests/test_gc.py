@@ -336,6 +336,17 @@ def test_an_unreadable_newest_marker_stops_gc(swept: Repository, time: Time) -> 
     stops(swept, time, "sweep marker")
 
 
+def test_force_replaces_an_unreadable_marker(swept: Repository, time: Time) -> None:
+    """Also where there is nothing to delete, so that the next gc need not be forced."""
+    for info in swept.backend.list(SWEEPS_FOLDER):
+        swept.backend.put(info.key, b"rubbish")
+    with pytest.raises(CollectorStoppedError, match="--force"):
+        collect(swept, clock=time)
+    time.seconds += 1
+    assert collect(swept, force=True, clock=time).freed_blobs == 0
+    collect(swept, clock=time)
+
+
 def test_a_note_stays_while_what_it_speaks_of_is_still_there(repository: Repository, time: Time) -> None:
     """A deletion that runs beside the sweep is explained to the next one."""
     note = FailNth(repository.backend, "delete", 0)

@@ -361,7 +361,12 @@ class _Collector:
 
     def _is_news(self, roots: frozenset[Root]) -> bool:
         """Whether the last marker, which the next collector compares with, names other snapshots."""
-        return roots != frozenset(housekeeping.newest_roots(self._backend))
+        try:
+            return roots != frozenset(housekeeping.newest_roots(self._backend))
+        except CollectorStoppedError:
+            if self._force:
+                return True  # a readable one takes its place, else --force would not cure what it is offered for
+            raise
 
     def _forget_damaged(self, damaged: dict[str, frozenset[str]]) -> None:
         """Damaged sets go when none of their blobs is left."""
