@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from torchsnapshot import Snapshot, StateDict
+from torchsnapshot import Snapshot, StateDict, retain
 from torchsnapshot.cli import main
 from torchsnapshot.cli.output import print_table, readable_nbytes
 
@@ -201,8 +202,103 @@ def test_retain_keeps_by_policy(root: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_retain_without_a_rule_is_refused(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A policy that would keep nothing at all is no policy: nothing is deleted."""
-    run_failing(capsys, "retain", str(root))
+    with pytest.raises(SystemExit) as error:
+        main(["retain", str(root)])
+    assert error.value.code == 2
+    assert "--last, --every or --keep" in capsys.readouterr().err
     assert len(run_json(capsys, "ls", str(root))["snapshots"]) == 3
+
+
+def test_one_run_of_a_store_of_many(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """retain and du for one run's folder see its snapshots only: those of the other runs stay, whatever their age."""
+    for run in ("one", "two"):
+        for step in (1, 2):
+            Snapshot.take(str(tmp_path / run / f"step_{step}"), {"app": {"step": step}}, store=str(tmp_path))
+    assert [each["name"] for each in run_json(capsys, "du", str(tmp_path / "one"))["snapshots"]] == [
+        "one/step_1",
+        "one/step_2",
+    ]
+    assert run_json(capsys, "retain", str(tmp_path / "one"), "--last", "1")["drop"] == ["one/step_1"]
+    left = [each["name"] for each in run_json(capsys, "ls", str(tmp_path))["snapshots"]]
+    assert left == ["one/step_2", "two/step_1", "two/step_2"]
+    assert [info.name for info in retain(str(tmp_path / "two"), last=1).drop] == ["two/step_1"]
+
+
+def test_rm_goes_on(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A path that cannot be deleted is named, the others go, and the exit code says so."""
+    paths = [str(root / name) for name in ("step_1", "nowhere", "step_2")]
+    assert main(["rm", *paths]) == 1
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [f"deleted {paths[0]}", f"deleted {paths[2]}"]
+    assert f"{paths[1]}: no snapshot is here; what is there: torchsnapshot ls {root}" in err
+    assert main(["rm", paths[0], "--json"]) == 1
+    assert list(json.loads(capsys.readouterr().out)["failed"]) == [paths[0]]
+
+
+@pytest.mark.parametrize("big", [False, True])
+def test_show_prints_user_metadata(tmp_path: Path, big: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    """User metadata is shown whole, also where it is too large for the head; it is no part of the state."""
+    path, text = str(tmp_path / "root" / "step_1"), "x" * (5000 if big else 5)
+    Snapshot.take(path, {"app": {"step": 1}}, user_metadata={"note": text, "lr": 0.5})
+    assert main(["show", path]) == 0
+    out = capsys.readouterr().out
+    assert f"note: {text}\nlr: 0.5\n" in out
+    assert "%user_metadata" not in out
+    shown = run_json(capsys, "show", path)
+    assert shown["head"]["user_metadata"] == {"note": text, "lr": 0.5}
+    assert list(shown["entries"]) == ["0/app"]
+
+
+def test_large_user_metadata_is_no_difference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """diff compares states: what was noted about them does not count."""
+    for step in (1, 2):
+        Snapshot.take(str(tmp_path / f"step_{step}"), {"app": {}}, store=str(tmp_path), user_metadata={"n": "x" * 4000})
+        Snapshot.take(str(tmp_path / "bare"), {"app": {}}, store=str(tmp_path))
+    for before, after in (("step_1", "step_2"), ("step_1", "bare"), ("bare", "step_2")):
+        assert main(["diff", str(tmp_path / before), str(tmp_path / after), "--exit-code"]) == 0
+
+
+def test_show_refuses_a_pattern_without_a_match(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A pattern that matches nothing is most likely a typing error, and said to be one."""
+    assert "no path matches 'app/*'" in run_failing(capsys, "show", str(root / "step_1"), "app/*")
+
+
+def test_nothing_to_list(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An empty store is no error, a folder that holds no snapshot of a store that has some is one."""
+    assert "no snapshot is at or below this folder" in run_failing(capsys, "ls", str(root / "stpe_1"))
+    shutil.rmtree(root / "step_1")
+    shutil.rmtree(root / "step_2")
+    shutil.rmtree(root / "step_3")
+    assert main(["ls", str(root)]) == 0
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", f"torchsnapshot: no snapshots in {root}\n")
+
+
+def test_names_cannot_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Control characters and broken encodings in names and metadata are printed escaped."""
+    path = str(tmp_path / "root" / "a\x1b[31m\udcffb\n")
+    Snapshot.take(path, {"app": {"x": 1}}, user_metadata={"k\x1b": "\x1b[31m\nv\udcff"})
+    for command in (["ls", str(tmp_path / "root")], ["show", path], ["du", str(tmp_path / "root")], ["rm", path]):
+        assert main(command) == 0
+        out = capsys.readouterr().out
+        assert "\x1b" not in out
+        assert "\udcff" not in out
+
+
+def test_closed_streams(root: Path) -> None:
+    """A command without standard output and error still does its work."""
+    command = f"{sys.executable} -m torchsnapshot rm {root / 'step_1'} >&- 2>&-"
+    assert subprocess.run(["bash", "-c", command], check=False).returncode == 0
+    assert not (root / "step_1").exists()
+
+
+def test_a_terminal_without_utf_8(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the terminal's encoding lacks is printed escaped."""
+    Snapshot.take(str(root / "é"), {"app": {"x": 1}})
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert main(["ls", str(root)]) == 0
+    assert b"\n\\xe9 " in terminal.buffer.getvalue()  # type: ignore[attr-defined]
 
 
 def test_copy_brings_everything(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -253,6 +349,11 @@ def test_what_is_not_there_is_one_clear_line(
         ["verify", "x", "--depth", "deep"],
         ["ls", "x", "--storage-options", "{no json"],
         ["ls", "x", "--storage-options", "[1]"],
+        ["gc", "x", "--wait", "nan"],
+        ["gc", "x", "--wait", "-1"],
+        ["retain", "x"],
+        ["retain", "x", "--last", "0"],
+        ["retain", "x", "--every", "1.5"],
     ],
 )
 def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -106,7 +106,7 @@ def test_retain_spares_what_is_committed_meanwhile(monkeypatch: pytest.MonkeyPat
     repository = store_with("step_1", "step_2")
     before = repository.list_snapshots()
     newer = take(repository, "step_1", b"newer")
-    monkeypatch.setattr(repository, "list_snapshots", lambda: before)
+    monkeypatch.setattr(repository, "list_snapshots", lambda _: before)
     plan = retain(repository, last=1)
     assert [info.name for info in plan.drop] == ["step_1"]
     newest = repository.newest_committed("step_1")

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torchsnapshot.format.entries import (
+    USER_METADATA,
     ContainerEntry,
     Entry,
     OpaqueEntry,
@@ -42,8 +43,8 @@ class Difference:
 
 
 def compare(before: StoredManifest, after: StoredManifest) -> Iterator[Difference]:
-    """The paths that differ, in the order of ``after``; those that were removed come last."""
-    old, new = before.entries, after.entries
+    """The paths that differ, in the order of ``after``; those that were removed come last. Only the state counts."""
+    old, new = _state(before), _state(after)
     for path, entry in new.items():
         earlier = old.get(path)
         if earlier is None:
@@ -57,6 +58,15 @@ def compare(before: StoredManifest, after: StoredManifest) -> Iterator[Differenc
     for path, entry in old.items():
         if path not in new and not isinstance(entry, ContainerEntry):
             yield Difference(path, "removed", "", len(_contents(before, entry)), 0, entry.nbytes, 0)
+
+
+def is_user_metadata(path: str) -> bool:
+    """Whether an entry holds user metadata that is too large for the head, and nothing of the state."""
+    return path.partition("/")[2] == USER_METADATA
+
+
+def _state(manifest: StoredManifest) -> dict[str, Entry]:
+    return {path: entry for path, entry in manifest.entries.items() if not is_user_metadata(path)}
 
 
 def _compare_entries(

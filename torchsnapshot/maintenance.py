@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torchsnapshot.progress import NO_PROGRESS, Progress
+from torchsnapshot.reading.opening import open_below
 from torchsnapshot.store import gc, retention
 from torchsnapshot.store.backend import StorageOptions
 from torchsnapshot.store.gcplan import GCReport
@@ -54,8 +55,10 @@ def retain(
 ) -> RetentionPlan:
     """Delete the snapshots below ``root`` that no rule keeps; their space is free after the next gc.
 
+    Where several runs share a store, name the folder of one run: the rules then see its snapshots only.
+
     Args:
-        root: the folder or URL that holds the store.
+        root: the folder or URL that holds the store, or one below it.
         storage_options: passed to the filesystem.
         last: keep this many of the newest.
         every: keep those whose step number (the last integer in the name) is a multiple of this.
@@ -66,8 +69,8 @@ def retain(
         What was kept and why, and what was deleted.
 
     Raises:
-        ValueError: no rule at all, or one that makes no sense.
-        SnapshotNotFoundError: there is no store at ``root``.
+        TypeError, ValueError: no rule at all, or one that makes no sense.
+        SnapshotNotFoundError: there is no store at ``root`` or above it.
     """
-    repository = Repository.open(open_root(root, storage_options))
-    return retention.retain(repository, last=last, every=every, keep=keep, dry_run=dry_run)
+    repository, below = open_below(root, storage_options)
+    return retention.retain(repository, below=below, last=last, every=every, keep=keep, dry_run=dry_run)

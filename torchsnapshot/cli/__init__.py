@@ -11,6 +11,7 @@ Exit codes: 0 it is done; 1 problems were found, or the work was refused or fail
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -39,6 +40,17 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _prepare_streams() -> None:
+    """Let no name fail to print: what the encoding lacks is written escaped, and a closed stream swallows all."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
@@ -52,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SystemExit: with code 2 where the command line makes no sense, 0 for ``--help``.
     """
     options = build_parser().parse_args(arguments)
+    _prepare_streams()
     logging.basicConfig(level=logging.WARNING, format="torchsnapshot: %(levelname)s: %(message)s")
     if options.debug:
         # ours alone: a filesystem's debug log may hold credentials

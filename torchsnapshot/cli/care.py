@@ -5,16 +5,25 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 
-from torchsnapshot.cli.options import Commands, add_command, storage_options
-from torchsnapshot.cli.output import plural, print_error, print_json, print_table, progress_bar, readable_nbytes
+from torchsnapshot.cli.options import Commands, add_command, positive, seconds, storage_options
+from torchsnapshot.cli.output import (
+    nothing_below,
+    plural,
+    print_error,
+    print_json,
+    print_table,
+    printable,
+    progress_bar,
+    readable_nbytes,
+)
 from torchsnapshot.copy import copy_snapshot
-from torchsnapshot.errors import SnapshotNotFoundError
-from torchsnapshot.reading.opening import open_snapshot
+from torchsnapshot.errors import SnapshotError, SnapshotNotFoundError
+from torchsnapshot.reading.opening import open_below, open_snapshot
 from torchsnapshot.store.backend import StorageOptions
 from torchsnapshot.store.gc import DEFAULT_WAIT_SECONDS, collect
 from torchsnapshot.store.gcplan import GCReport
 from torchsnapshot.store.locate import find_root, open_root
-from torchsnapshot.store.repository import Repository
+from torchsnapshot.store.repository import ManifestRef, Repository
 from torchsnapshot.store.retention import RetentionPlan, retain
 from torchsnapshot.verify import DEPTHS, verify_path
 
@@ -35,7 +44,7 @@ def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument("--dry-run", action="store_true", help="say what would be freed, change nothing")
     parser.add_argument(
         "--wait",
-        type=float,
+        type=seconds,
         default=DEFAULT_WAIT_SECONDS,
         metavar="SECONDS",
         help="how long to wait for takes that run meanwhile, before giving up (default: %(default)s)",
@@ -45,11 +54,12 @@ def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
     )
 
     parser = add_command(commands, "retain", "delete snapshots by policy; gc then frees their space", run_retain)
-    parser.add_argument("root", help="a folder or URL that holds snapshots")
-    parser.add_argument("--last", type=int, metavar="N", help="keep the N newest")
-    parser.add_argument("--every", type=int, metavar="STEPS", help="keep those whose step is a multiple of STEPS")
+    parser.add_argument("root", help="a folder or URL that holds snapshots; one run's folder, where runs share a store")
+    parser.add_argument("--last", type=positive, metavar="N", help="keep the N newest")
+    parser.add_argument("--every", type=positive, metavar="STEPS", help="keep those whose step is a multiple of STEPS")
     parser.add_argument("--keep", action="append", default=[], metavar="GLOB", help="keep names that match; repeatable")
     parser.add_argument("--dry-run", action="store_true", help="say what would be deleted, change nothing")
+    parser.set_defaults(fail=parser.error)
 
     parser = add_command(commands, "rm", "delete snapshots; gc then frees their space", run_rm)
     parser.add_argument("path", nargs="+", help="a snapshot")
@@ -73,7 +83,7 @@ def run_verify(options: argparse.Namespace) -> int:
         print_json({"path": options.path, "depth": options.depth, **asdict(result)})
     else:
         for problem in result.problems:
-            print(f"{problem.name or '.'}: {problem.kind}: {problem.message}")
+            print(printable(f"{problem.name or '.'}: {problem.kind}: {problem.message}"))
         checked, found = plural(len(result.names), "snapshot"), plural(len(result.problems), "problem")
         print(f"{checked} checked to the {options.depth}: {found}")
     return 1 if result.problems else 0
@@ -96,19 +106,25 @@ def _print_report(report: GCReport) -> None:
     print(f"{keep} {plural(report.kept_blobs, 'blob')}, {readable_nbytes(report.kept_nbytes)}")
     print(f"{free} {plural(report.freed_blobs, 'blob')}, {readable_nbytes(report.freed_nbytes)}")
     for name in report.uncommitted:
-        print(f"kept for a take that was never committed; delete it if nobody needs it: {name}")
+        print(printable(f"kept for a take that was never committed; delete it if nobody needs it: {name}"))
     for name in report.foreign:
-        print(f"left alone, not ours: {name}")
+        print(printable(f"left alone, not ours: {name}"))
     for lease in report.called_dead:
-        print(f"called dead: {lease}")
+        print(printable(f"called dead: {lease}"))
     for key, reason in report.failed.items():
         print_error(f"could not delete {key}: {reason}")
 
 
 def run_retain(options: argparse.Namespace) -> int:
     """``torchsnapshot retain ROOT``."""
-    repository = Repository.open(open_root(options.root, options.storage_options))
-    plan = retain(repository, last=options.last, every=options.every, keep=options.keep, dry_run=options.dry_run)
+    if options.last is None and options.every is None and not options.keep:
+        options.fail("say what to keep: --last, --every or --keep")
+    repository, below = open_below(options.root, options.storage_options)
+    plan = retain(
+        repository, below=below, last=options.last, every=options.every, keep=options.keep, dry_run=options.dry_run
+    )
+    if below and not plan.keep and not plan.drop:
+        raise SnapshotNotFoundError(nothing_below(options.root, repository))
     if options.json:
         print_json(_plan_as_json(repository, plan, options.dry_run))
         return 0
@@ -116,7 +132,8 @@ def run_retain(options: argparse.Namespace) -> int:
     rows += [(info.name or ".", "would delete" if options.dry_run else "deleted", "") for info in plan.drop]
     print_table(("snapshot", "", "because"), rows)
     if plan.drop and not options.dry_run:
-        print(f"{plural(len(plan.drop), 'snapshot')} deleted; free the space with: torchsnapshot gc {options.root}")
+        gc_root = repository.url if below else options.root
+        print(f"{plural(len(plan.drop), 'snapshot')} deleted; free the space with: torchsnapshot gc {gc_root}")
     return 0
 
 
@@ -129,26 +146,37 @@ def _plan_as_json(repository: Repository, plan: RetentionPlan, dry_run: bool) ->
     }
 
 
-def _find(path: str, storage: StorageOptions | None) -> tuple[Repository, str]:
-    """The nearest store at or above the path, and the path's name below it."""
+def run_rm(options: argparse.Namespace) -> int:
+    """``torchsnapshot rm PATH ...``: one that cannot be deleted does not stop the others."""
+    removed, failed = [], {}
+    for path in options.path:
+        try:
+            refs = _remove(path, options.storage_options)
+        except (SnapshotError, ValueError, OSError) as error:
+            if options.debug:
+                raise
+            failed[path] = str(error)
+            print_error(str(error))
+            continue
+        removed.append({"path": path, "manifests": [str(ref.manifest) for ref in refs]})
+        if not options.json:
+            print(f"deleted {printable(path)}")
+    if options.json:
+        print_json({"deleted": removed, "failed": failed})
+    return 1 if failed else 0
+
+
+def _remove(path: str, storage: StorageOptions | None) -> list[ManifestRef]:
     place = find_root(path, storage)
     if place is None:
         raise SnapshotNotFoundError(f"{path}: no snapshot is here; neither this folder nor one above it holds a store")
-    return Repository.open(place.backend), place.name
-
-
-def run_rm(options: argparse.Namespace) -> int:
-    """``torchsnapshot rm PATH ...``."""
-    removed = []
-    for path in options.path:
-        repository, name = _find(path, options.storage_options)
-        refs = repository.delete_snapshot(name)
-        removed.append({"path": path, "manifests": [str(ref.manifest) for ref in refs]})
-        if not options.json:
-            print(f"deleted {path}")
-    if options.json:
-        print_json({"deleted": removed})
-    return 0
+    repository = Repository.open(place.backend)
+    try:
+        return repository.delete_snapshot(place.name)
+    except SnapshotNotFoundError as error:
+        raise SnapshotNotFoundError(
+            f"{path}: no snapshot is here; what is there: torchsnapshot ls {repository.url}"
+        ) from error
 
 
 def run_copy(options: argparse.Namespace) -> int:

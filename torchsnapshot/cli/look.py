@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from torchsnapshot.cli.options import Commands, add_command
 from torchsnapshot.cli.output import (
     iso_time,
+    nothing_below,
     plural,
+    print_error,
     print_json,
     print_table,
+    printable,
     progress_bar,
     readable_nbytes,
     readable_time,
 )
-from torchsnapshot.diff import compare
+from torchsnapshot.diff import compare, is_user_metadata
+from torchsnapshot.errors import SnapshotNotFoundError
 from torchsnapshot.format.entries import (
     ContainerEntry,
     Entry,
@@ -28,11 +32,9 @@ from torchsnapshot.format.entries import (
     ValueEntry,
     spans_of,
 )
-from torchsnapshot.reading.opening import list_below, open_snapshot
+from torchsnapshot.reading.opening import list_below, open_below, open_snapshot, user_metadata_beside_head
 from torchsnapshot.state import values
 from torchsnapshot.store.envelope import ChunkRef, Head
-from torchsnapshot.store.locate import open_root
-from torchsnapshot.store.repository import Repository
 from torchsnapshot.store.usage import measure_usage
 
 _VALUE_WIDTH = 48
@@ -67,6 +69,11 @@ def run_ls(options: argparse.Namespace) -> int:
     if options.json:
         print_json({"root": repository.url, "snapshots": [{"name": s.name, **_head(s.head)} for s in snapshots]})
         return 0
+    if not snapshots:
+        if open_below(options.root, options.storage_options)[1]:
+            raise SnapshotNotFoundError(nothing_below(options.root, repository))
+        print_error(f"no snapshots in {repository.url}")
+        return 0
     rows = [
         (
             info.name or ".",
@@ -91,16 +98,24 @@ def run_show(options: argparse.Namespace) -> int:
     """``torchsnapshot show PATH [GLOB ...]``."""
     opened = open_snapshot(options.path, options.storage_options)
     manifest = opened.manifest
+    beside = user_metadata_beside_head(manifest)
+    head = replace(manifest.head, user_metadata=beside) if beside else manifest.head
     entries = {
         path: entry
         for path, entry in manifest.entries.items()
-        if not options.pattern or any(fnmatch.fnmatchcase(path, pattern) for pattern in options.pattern)
+        if not is_user_metadata(path)
+        and (not options.pattern or any(fnmatch.fnmatchcase(path, pattern) for pattern in options.pattern))
     }
+    if options.pattern and not entries:
+        raise SnapshotNotFoundError(
+            f"{options.path}: no path matches {', '.join(map(repr, options.pattern))}; paths begin with a rank, as in "
+            "'0/model/*'"
+        )
     if options.json:
         shown = {path: _describe(manifest, entry, options.digests) for path, entry in entries.items()}
-        print_json({"path": options.path, "name": opened.name, "head": _head(manifest.head), "entries": shown})
+        print_json({"path": options.path, "name": opened.name, "head": _head(head), "entries": shown})
         return 0
-    _print_head(options.path, manifest)
+    _print_head(options.path, head)
     rows: list[tuple[str, str, str, str]] = []
     for path, entry in entries.items():
         if isinstance(entry, ContainerEntry):
@@ -115,16 +130,16 @@ def run_show(options: argparse.Namespace) -> int:
     return 0
 
 
-def _print_head(path: str, manifest: StoredManifest) -> None:
-    head = manifest.head
-    print(f"{path}: taken {readable_time(head.created_ms)} by torchsnapshot {head.library}, take {head.take_id}")
+def _print_head(path: str, head: Head) -> None:
+    taken = f"taken {readable_time(head.created_ms)} by torchsnapshot {head.library}"
+    print(f"{printable(path)}: {taken}, take {head.take_id}")
     print(
         f"state {readable_nbytes(head.state_nbytes)} in {plural(head.num_chunks, 'chunk')};"
         f" new {readable_nbytes(head.new_nbytes)}, stored as {readable_nbytes(head.stored_nbytes)}"
         f" in {plural(head.num_blobs, 'blob')}"
     )
     for key, value in head.user_metadata.items():
-        print(f"{key}: {value}")
+        print(printable(f"{key}: {value}"))
     print()
 
 
@@ -209,14 +224,21 @@ def run_diff(options: argparse.Namespace) -> int:
 
 
 def _leaves(manifest: StoredManifest) -> int:
-    return sum(not isinstance(entry, ContainerEntry) for entry in manifest.entries.values())
+    return sum(
+        not isinstance(entry, ContainerEntry) and not is_user_metadata(path) for path, entry in manifest.entries.items()
+    )
 
 
 def run_du(options: argparse.Namespace) -> int:
     """``torchsnapshot du ROOT``."""
-    repository = Repository.open(open_root(options.root, options.storage_options))
+    repository, below = open_below(options.root, options.storage_options)
     with progress_bar() as progress:
         usage = measure_usage(repository, progress)
+    if below:
+        shown = [each for each in usage.snapshots if f"{each.name}/".startswith(f"{below}/")]
+        if not shown:
+            raise SnapshotNotFoundError(nothing_below(options.root, repository))
+        usage = replace(usage, snapshots=tuple(shown))
     if options.json:
         print_json({"root": repository.url, **asdict(usage)})
         return 0

@@ -26,6 +26,22 @@ def storage_options(text: str) -> StorageOptions:
     return value
 
 
+def positive(text: str) -> int:
+    """Parse a number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def seconds(text: str) -> float:
+    """Parse a length of time: 0 or more, and no NaN, which nothing would ever reach."""
+    value = float(text)
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds, 0 or more, not {text}")
+    return value
+
+
 def add_command(
     commands: Commands[argparse.ArgumentParser], name: str, summary: str, run: Runner
 ) -> argparse.ArgumentParser:

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TimeEla
 from rich.progress import Progress as RichProgress
 
 from torchsnapshot.progress import NO_PROGRESS, Progress
+from torchsnapshot.store.repository import Repository
 
 _UNITS = ("kB", "MB", "GB", "TB", "PB", "EB")
 
@@ -51,13 +52,18 @@ def plural(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def printable(text: str) -> str:
+    """Text for a terminal: names and metadata are what somebody stored, so control characters are written escaped."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode("ascii") for each in text)
+
+
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print rows under a header; a column whose name begins with ``>`` is set right.
 
     Never cut to the terminal's width: a path that is cut is of no use to who copies it.
     """
     names = [column.lstrip(">") for column in columns]
-    table = [names, *[list(row) for row in rows]]
+    table = [names, *[[printable(cell) for cell in row] for row in rows]]
     widths = [max(len(row[i]) for row in table) for i in range(len(names))]
     for row in table:
         cells = [
@@ -74,7 +80,13 @@ def print_json(document: Mapping[str, Any]) -> None:
 
 def print_error(message: str) -> None:
     """Say on standard error what went wrong."""
-    print(f"torchsnapshot: {message}", file=sys.stderr)
+    lines = [printable(line) for line in message.splitlines()]
+    print("\n".join([f"torchsnapshot: {lines[0] if lines else ''}", *lines[1:]]), file=sys.stderr)
+
+
+def nothing_below(folder: str, repository: Repository) -> str:
+    """The error for a folder in a store that holds no snapshot: most likely a typing error."""
+    return f"{folder}: no snapshot is at or below this folder; what is there: torchsnapshot ls {repository.url}"
 
 
 def _as_json(value: object) -> object:

@@ -161,6 +161,18 @@ def _find_store(
     )
 
 
+def open_below(folder: str, storage_options: StorageOptions | None = None) -> tuple[Repository, str]:
+    """The store at or above a folder, and the folder's name below its ROOT.
+
+    Raises:
+        SnapshotNotFoundError: neither the folder nor one above it holds a store.
+    """
+    place = find_root(folder, storage_options)
+    if place is None:
+        return Repository.open(open_root(folder, storage_options)), ""
+    return Repository.open(place.backend), place.name
+
+
 def list_below(
     folder: str, storage_options: StorageOptions | None = None
 ) -> tuple[Repository, list[tuple[str, SnapshotInfo]]]:
@@ -171,10 +183,7 @@ def list_below(
     Raises:
         SnapshotNotFoundError: neither the folder nor one above it holds a store.
     """
-    place = find_root(folder, storage_options)
-    backend = open_root(folder, storage_options) if place is None else place.backend
-    below = "" if place is None else place.name
-    repository = Repository.open(backend)
+    repository, below = open_below(folder, storage_options)
     top = os.fspath(folder).rstrip("/")
     found = repository.list_snapshots(below)
     return repository, [(f"{top}/{info.name[len(below) :].lstrip('/')}".rstrip("/"), info) for info in found]

@@ -88,6 +88,7 @@ def _reasons(info: SnapshotInfo, age: int, last: int | None, every: int | None, 
 def retain(
     repository: Repository,
     *,
+    below: str = "",
     last: int | None = None,
     every: int | None = None,
     keep: Sequence[str] = (),
@@ -97,6 +98,7 @@ def retain(
 
     Args:
         repository: the store.
+        below: only the snapshot of this name and those below it: one run's of a store of many; "" = all.
         last: see ``plan_retention``.
         every: see ``plan_retention``.
         keep: see ``plan_retention``.
@@ -106,7 +108,7 @@ def retain(
         ValueError: see ``plan_retention``.
         StoreError: a manifest could not be removed.
     """
-    plan = plan_retention(repository.list_snapshots(), last=last, every=every, keep=keep)
+    plan = plan_retention(repository.list_snapshots(below), last=last, every=every, keep=keep)
     if not dry_run and plan.drop:
         # the manifests as they are now, older generations with them, but none that is newer than the plan knows
         newest = {info.name: info.ref.manifest for info in plan.drop}
