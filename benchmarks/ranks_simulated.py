@@ -20,13 +20,13 @@ import xxhash
 
 from benchmarks.part import Options, run_part
 from benchmarks.report import Line, Result, verdict
-from torchsnapshot.coordination.messages import squeeze, unpack
+from torchsnapshot.coordination.messages import unpack
 from torchsnapshot.format.entries import ContainerEntry
 from torchsnapshot.geometry import grid
 from torchsnapshot.geometry.placements import Placement, Sharding
 from torchsnapshot.ranks import agreement, assembly, group_decisions, ownership
 from torchsnapshot.ranks.agreement import Duty
-from torchsnapshot.ranks.group_decisions import Decisions, pack_exchange, pack_report
+from torchsnapshot.ranks.group_decisions import Decisions, pack_exchange, pack_lists, pack_report
 from torchsnapshot.state.flatten import ShardedLeaf, TensorLeaf
 from torchsnapshot.state.host_views import host_view
 from torchsnapshot.state.sharded import ShardedSource
@@ -168,13 +168,13 @@ class _Take:
             announcements.append(ownership.pack_contents((chunk.digest, chunk.nbytes) for chunk in plan.chunks()))
             told = [leaf for leaf in _leaves(plan) if agreement.may_have_other_holders(leaf)]
             sums.append(agreement.pack_sums(agreement.sum_of(leaf, declared=False) for leaf in told))
-        values = self._count([pack_exchange(one, other) for one, other in zip(announcements, sums, strict=True)])
+        values = self._count([pack_exchange(one, other, None) for one, other in zip(announcements, sums, strict=True)])
         with self._timed("exchange"):
             answers = self._decisions.exchange(values)
         asked = [unpack(answer)[0] for answer in answers]
-        if isinstance(asked[0], bool):
+        if asked[0][0] == "lists":
             values = self._count(
-                [squeeze(one) if is_asked else b"" for one, is_asked in zip(announcements, asked, strict=True)]
+                [pack_lists(one, other, each[1:]) for one, other, each in zip(announcements, sums, asked, strict=True)]
             )
             with self._timed("lists"):
                 answers = self._decisions.lists(values)
@@ -187,7 +187,7 @@ class _Take:
             duties = {leaf.path: Duty.OWN for leaf in _leaves(plan)}
             told = [leaf for leaf in _leaves(plan) if agreement.may_have_other_holders(leaf)]
             duties |= {
-                leaf.path: Duty(number) for leaf, number in zip(told, unpack(answers[rank], 2)[1][1], strict=True)
+                leaf.path: Duty(number) for leaf, number in zip(told, unpack(answers[rank], 4)[1][1], strict=True)
             }
             report = assembly.report_of(plan, duties, rank)
             numbers = [0] * len(group_decisions.FIGURES)

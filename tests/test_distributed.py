@@ -369,6 +369,19 @@ def test_ranks_that_never_enter() -> None:
     assert list(late.value.failures) == [1, 2]
 
 
+def test_who_is_waited_for_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    """Long before the limit, the log says once which ranks have not entered."""
+    limits = Limits(silence=100.0, entry=0.3, notice=0.0)
+    with pytest.raises(RankError), enter(PlainStore(), 0, 3, limits) as session:
+        session.round("agree", b"", lambda values: b"")
+    with pytest.raises(RankError):
+        enter(PlainStore(), 1, 2, limits)
+    named = [record.getMessage().partition(":")[0] for record in caplog.records]
+    assert len(named) == 2
+    assert named[0].endswith("for ranks 1, 2")
+    assert named[1].endswith("for rank 0, which coordinates it")
+
+
 def test_a_process_that_was_stopped_does_not_take_the_others_for_silent() -> None:
     """The time in which a process did not look counts as silence of the others only up to two beats."""
     peer = Peer(Status(), looked=time.monotonic() - 3600.0)

@@ -33,7 +33,7 @@ from torchsnapshot.store.check import Problem
 from torchsnapshot.store.envelope import Head
 from torchsnapshot.store.keys import SIGNPOST
 from torchsnapshot.store.repository import SnapshotInfo
-from torchsnapshot.taking.take import TakeOptions
+from torchsnapshot.taking.take import TakeOptions, VerifyReplicas
 from torchsnapshot.verify import Depth, verify_snapshot
 
 logger = logging.getLogger(__name__)
@@ -84,6 +84,7 @@ class Snapshot:
         store: str | None = None,
         user_metadata: Mapping[str, Any] | None = None,
         busy: Busy = "wait",
+        verify_replicas: VerifyReplicas = "sample",
     ) -> Snapshot:
         """Take a snapshot of the state and return when it is committed.
 
@@ -102,6 +103,8 @@ class Snapshot:
             user_metadata: plain values that ``Snapshot.user_metadata`` gives back.
             busy: what to do while an earlier asynchronous take is in flight: ``"wait"`` for it, ``"skip"`` this one
                 (the result is the one in flight), or ``"overlap"`` with it.
+            verify_replicas: what ranks are said to hold alike is compared in full at a process's first take, then by a
+                ``"sample"`` that rotates, or always in ``"full"``, or (``"off"``) no more. Rank 0's value counts.
 
         Raises:
             TypeError: a value of ``app_state`` is neither a Stateful nor a dict.
@@ -109,12 +112,10 @@ class Snapshot:
             ValueError: path, store or an option does not make sense.
             StoreError: the store refused. Whatever was committed before is unharmed.
         """
-
-        def options() -> TakeOptions:
-            return TakeOptions(replicated, storage_options, _custom_tensor_prepare_func, encoding, store, user_metadata)
-
+        prepare = _custom_tensor_prepare_func
+        given = (replicated, storage_options, prepare, encoding, store, user_metadata, verify_replicas)
         with logged_action("take"):
-            take = begin_take(path, app_state, options, pg, busy, in_background=False)
+            take = begin_take(path, app_state, lambda: TakeOptions(*given), pg, busy, in_background=False)
             if isinstance(take, InFlight):
                 return cls(take.handle.path, pg, storage_options)
             with take:
@@ -135,18 +136,17 @@ class Snapshot:
         store: str | None = None,
         user_metadata: Mapping[str, Any] | None = None,
         busy: Busy = "wait",
+        verify_replicas: VerifyReplicas = "sample",
     ) -> PendingSnapshot:
         """Take a snapshot in the background; return as soon as the caller may change its tensors.
 
         Arguments and errors are those of ``take``; what goes wrong after the return is raised by
         ``PendingSnapshot.wait``.
         """
-
-        def options() -> TakeOptions:
-            return TakeOptions(replicated, storage_options, _custom_tensor_prepare_func, encoding, store, user_metadata)
-
+        prepare = _custom_tensor_prepare_func
+        given = (replicated, storage_options, prepare, encoding, store, user_metadata, verify_replicas)
         with logged_action("async_take"):
-            take = begin_take(path, app_state, options, pg, busy, in_background=True)
+            take = begin_take(path, app_state, lambda: TakeOptions(*given), pg, busy, in_background=True)
         if isinstance(take, InFlight):
             earlier: PendingSnapshot = take.handle
             return earlier

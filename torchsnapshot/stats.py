@@ -18,6 +18,8 @@ class Stats:
         state_nbytes: the whole state.
         new_nbytes: a take: content that the store did not hold; a restore: content that was read.
         reused_nbytes: a take: content that the store held already; a restore: content that the target held already.
+        hashed_nbytes: a take: content that this process hashed to compare it with what the store holds; less than the
+            state where other ranks hash their share of it. What is put is hashed once more.
         stored_nbytes: a take: bytes put into blobs; a restore: bytes read from blobs.
         manifest_nbytes: size of the manifest.
         num_chunks: chunks in the state.
@@ -30,6 +32,7 @@ class Stats:
     state_nbytes: int = 0
     new_nbytes: int = 0
     reused_nbytes: int = 0
+    hashed_nbytes: int = 0
     stored_nbytes: int = 0
     manifest_nbytes: int = 0
     num_chunks: int = 0

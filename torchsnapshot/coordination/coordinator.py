@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 VALUES_PER_REQUEST = 16
 KEYS_PER_CALL = 256
 """So many keys are removed between two chances to beat."""
+MAX_NAMED = 16
+"""So many absent ranks are named in the log."""
 
 
 class CoordinatorSession(StoreSession):
@@ -53,6 +55,7 @@ class CoordinatorSession(StoreSession):
         self._open_welcomes: set[str] = set()
         self._answer_keys: list[str] = []
         self._verdict_keys: list[str] = []
+        self._has_named_absent = False
         self._settled = False  # all have reported in the last round: what happens to them now changes nothing
         try:
             self._call(self._open)
@@ -100,6 +103,7 @@ class CoordinatorSession(StoreSession):
         if self._failures is not None:
             return
         self._look(client, ranks)
+        self._name_absent()
         failures: dict[int, str] = {}
         broken = []
         for rank in ranks:
@@ -121,6 +125,20 @@ class CoordinatorSession(StoreSession):
             failures.update((rank, _traceback_of(text)) for rank, text in zip(batch, texts, strict=True))
         if failures:
             self._publish_failure(client, failures)
+
+    def _name_absent(self) -> None:
+        """Say once whom all wait for: a rank that died before it entered cannot be told from one that is late."""
+        notice, entering = self._limits.notice, self._limits.entering
+        absent = [rank for rank, peer in self._peers.items() if peer.status is None and peer.silent > notice]
+        if absent and not self._has_named_absent and notice < entering:
+            self._has_named_absent = True
+            logger.warning(
+                "A snapshot has been waiting for %.0f s for ranks %s: they have not begun it, or are no more; they "
+                "count as lost after %.0f s",
+                notice,
+                _names_of([self.global_ranks[rank] for rank in absent]),
+                entering,
+            )
 
     def _is_lost(self, peer: Peer) -> bool:
         return peer.silent > (self._limits.entering if peer.status is None else self._limits.silence)
@@ -294,6 +312,12 @@ class CoordinatorSession(StoreSession):
         names = list(keys)
         for start in range(0, len(names), KEYS_PER_CALL):
             self._call(Client.delete, names[start : start + KEYS_PER_CALL])
+
+
+def _names_of(ranks: Sequence[int]) -> str:
+    """Global ranks as text; of very many the first ones."""
+    more = f" and {len(ranks) - MAX_NAMED} more" if len(ranks) > MAX_NAMED else ""
+    return ", ".join(map(str, ranks[:MAX_NAMED])) + more
 
 
 def _has_gone(peer: Peer) -> bool:

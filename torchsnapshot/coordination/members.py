@@ -23,6 +23,7 @@ the session failed.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from abc import abstractmethod
@@ -41,6 +42,8 @@ from torchsnapshot.coordination.messages import (
     unpack_failures,
 )
 from torchsnapshot.coordination.sessions import Decide, Limits, Pace, Session, is_own_error
+
+logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -206,9 +209,19 @@ class MemberSession(StoreSession):
     def _enter(self) -> None:
         nonce = os.urandom(12).hex()
         self._call(Client.set, self._door_key(self.rank), nonce.encode())
-        pace, start = Pace(self.world_size), time.monotonic()
+        pace, start, has_told = Pace(self.world_size), time.monotonic(), False
         while (name := self._call(self._read_welcome, nonce)) is None:
-            if time.monotonic() - start > self._limits.entering:
+            waited = time.monotonic() - start
+            if waited > self._limits.notice and not has_told and self._limits.notice < self._limits.entering:
+                has_told = True
+                logger.warning(
+                    "A snapshot has been waiting for %.0f s for rank %d, which coordinates it: it has not begun it, or "
+                    "is no more; it counts as lost after %.0f s",
+                    waited,
+                    self.global_ranks[0],
+                    self._limits.entering,
+                )
+            if waited > self._limits.entering:
                 raise CoordinationLost(f"has not entered within {self._limits.entering:g} s")
             pace.pause()
         self._base = f"ts/{name}"

@@ -33,6 +33,8 @@ class Limits:
     """A rank that gives no sign of life for so long is lost; so is a store that does not answer."""
     entry: float | None = None
     """How long a rank waits for others that have not entered the session yet; None: as long as ``silence``."""
+    notice: float = 60.0
+    """After so long the log names the ranks that have not entered yet."""
     acknowledgement: float = 10.0
     """How long rank 0 stays after the verdict until every rank has read it: it may be the one that hosts the store."""
 

@@ -1,7 +1,8 @@
 """What the ranks of a take tell each other about their leaves, and what rank 0 makes of it. Pure.
 
 What lives here: the sums of leaves in the *exchange* round, and the decision which rank reports which leaf. What
-doesn't: who writes which content (``ownership``), how messages travel (``coordination.distributed``).
+doesn't: who writes which content (``ownership``), leaves that ranks hash for one another (``sharing``: nobody tells
+sums of these), how messages travel (``coordination.distributed``).
 
 A leaf's *sum* is one digest over everything that its entry will say. Ranks whose leaves at one path have equal sums
 hold a replica, whether or not anybody said so: rank 0 reports it for all. Holders of one region of a sharded tensor
@@ -13,6 +14,7 @@ Invariant: every leaf is reported by exactly one rank, or by every rank that has
 from __future__ import annotations
 
 import struct
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -63,25 +65,27 @@ def sum_of(leaf: Leaf, *, declared: bool) -> LeafSum:
         leaf: of a plan whose chunks have their digests; no container.
         declared: whether it is said to be replicated.
     """
-    node = leaf.node
     holding = Holding.DECLARED if declared else Holding.PRIVATE
-    place: object = leaf.path
-    if isinstance(node, ShardedLeaf):
-        source, holding = node.source, Holding.SHARDED
-        place = (leaf.path, source.identity, source.region)
-        what: object = (source.sharding, leaf.cell)
-    elif isinstance(node, TensorLeaf) and leaf.view is not None:
-        view = leaf.view
-        what = (view.dtype, view.shape, view.permutation, leaf.cell, node.wrapper, node.requires_grad)
-    elif isinstance(node, OpaqueLeaf):
-        what = node.type_name
-    else:
-        what = None
+    if isinstance(leaf.node, ShardedLeaf):
+        holding = Holding.SHARDED
+    place, what = identity_of(leaf)
     content = xxhash.xxh3_128(repr(what).encode())
     content.update(leaf.inline or b"")
     for chunk in leaf.chunks:
         content.update(chunk.digest)
     return LeafSum(xxhash.xxh3_64_digest(repr(place).encode()), content.digest(), holding)
+
+
+def identity_of(leaf: Leaf) -> tuple[object, object]:
+    """The place that a leaf holds among ranks, and what its entry says beside the content. Both have a telling repr."""
+    node = leaf.node
+    if isinstance(node, ShardedLeaf):
+        source = node.source
+        return (leaf.path, source.identity, source.region), (source.sharding, leaf.cell)
+    if isinstance(node, TensorLeaf) and leaf.view is not None:
+        view = leaf.view
+        return leaf.path, (view.dtype, view.shape, view.permutation, leaf.cell, node.wrapper, node.requires_grad)
+    return leaf.path, node.type_name if isinstance(node, OpaqueLeaf) else None
 
 
 def may_have_other_holders(leaf: Leaf) -> bool:
@@ -109,36 +113,43 @@ def unpack_sums(data: bytes | memoryview) -> list[LeafSum]:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Rank 0's decision for one rank: a duty for each of its leaves, and for conflicts (leaf, other rank)."""
+    """Rank 0's decision for one rank, in the order of its leaves.
+
+    ``duties`` has one for each, ``num_holders`` says how many ranks have told a sum for its place, ``conflicts`` are
+    (leaf, other rank).
+    """
 
     duties: bytes
+    num_holders: Sequence[int]
     conflicts: list[tuple[int, int]]
 
 
 def decide(messages: Sequence[bytes | memoryview]) -> list[Answer]:
-    """Decide for every rank which leaves it reports.
+    """Decide for every rank which leaves it reports. Ranks with the very same message are looked at together.
 
     Args:
         messages: what ``pack_sums`` made on each rank.
     """
-    first = bytes(messages[0])
-    if all(message == first for message in messages):
-        # replicas in every respect: nothing needs to be looked up
-        duties = bytes(_only_duty(each) for each in unpack_sums(first))
-        others = bytes(Duty.ELSEWHERE if duty == Duty.OWN else duty for duty in duties)
-        return [Answer(others if rank else duties, []) for rank in range(len(messages))]
-    sums = [unpack_sums(message) for message in messages]
+    crews: dict[bytes, list[int]] = {}
+    for rank, message in enumerate(messages):
+        crews.setdefault(bytes(message), []).append(rank)
+    lists = [unpack_sums(message) for message in crews]
     places: dict[bytes, _Place] = {}
-    for rank, mine in enumerate(sums):
-        for each in mine:
+    for sums, ranks in zip(lists, crews.values(), strict=True):
+        for each in sums:
             place = places.get(each.key)
             if place is None:
-                places[each.key] = _Place(rank, each.digest)
+                places[each.key] = _Place(ranks[0], each.digest, len(ranks))
                 continue
-            place.num_holders += 1
+            place.num_holders += len(ranks)
             if place.other is None and place.digest != each.digest:
-                place.other = rank
-    return [_answer(rank, mine, places, len(messages)) for rank, mine in enumerate(sums)]
+                place.other = ranks[0]
+    answers: dict[int, Answer] = {}
+    for sums, ranks in zip(lists, crews.values(), strict=True):
+        answers[ranks[0]] = _answer(ranks[0], sums, places, len(messages))
+        if len(ranks) > 1:
+            answers.update(dict.fromkeys(ranks[1:], _answer(ranks[1], sums, places, len(messages))))
+    return [answers[rank] for rank in range(len(messages))]
 
 
 @dataclass(slots=True)
@@ -147,19 +158,17 @@ class _Place:
 
     first: int
     digest: bytes
-    num_holders: int = 1
+    num_holders: int
     other: int | None = None
-
-
-def _only_duty(each: LeafSum) -> Duty:
-    return Duty.OWN if each.holding is Holding.SHARDED else Duty.REPLICATED
 
 
 def _answer(rank: int, sums: Sequence[LeafSum], places: Mapping[bytes, _Place], world_size: int) -> Answer:
     duties = bytearray()
+    num_holders = array("I")
     conflicts: list[tuple[int, int]] = []
     for index, each in enumerate(sums):
         place = places[each.key]
+        num_holders.append(place.num_holders)
         is_on_all = place.num_holders == world_size
         must_be_equal = each.holding is Holding.SHARDED or (each.holding is Holding.DECLARED and is_on_all)
         if place.other is not None and must_be_equal:
@@ -171,4 +180,4 @@ def _answer(rank: int, sums: Sequence[LeafSum], places: Mapping[bytes, _Place], 
             duties.append(Duty.REPLICATED)
         else:
             duties.append(Duty.OWN)
-    return Answer(bytes(duties), conflicts)
+    return Answer(bytes(duties), num_holders, conflicts)

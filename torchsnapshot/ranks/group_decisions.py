@@ -2,7 +2,8 @@
 
 What lives here: opening the store for everybody, the lease, the decisions, the commit. What doesn't: what each rank
 does (``group_take``), how messages travel (``coordination.distributed``), the rules themselves: who writes what
-(``ownership``), who reports what (``agreement``), how the manifest comes together (``assembly``).
+(``ownership``), who reports what (``agreement``), who hashes for whom (``sharing``), how the manifest comes together
+(``assembly``).
 
 Invariant: the manifest is put after every rank has said that its blobs are durable.
 """
@@ -10,7 +11,9 @@ Invariant: the manifest is put after every rank has said that its blobs are dura
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
+from typing import Generic, TypeVar
 
 from torchsnapshot import knobs
 from torchsnapshot.chunks.reader import digest_of
@@ -19,7 +22,9 @@ from torchsnapshot.coordination.messages import pack, squeeze, unpack, unsqueeze
 from torchsnapshot.errors import CommitUnknownError
 from torchsnapshot.format.entries import StoredManifest
 from torchsnapshot.ranks import agreement, assembly, ownership
+from torchsnapshot.ranks.agreement import Answer
 from torchsnapshot.ranks.replicas import agreed_globs
+from torchsnapshot.ranks.sharing import PassedOn
 from torchsnapshot.reading.opening import Opened
 from torchsnapshot.stats import Stats
 from torchsnapshot.store.envelope import (
@@ -39,18 +44,29 @@ from torchsnapshot.version import __version__
 
 logger = logging.getLogger(__name__)
 
+K = TypeVar("K", bound=Hashable)
+
 FIGURES = ("state_nbytes", "new_nbytes", "stored_nbytes", "num_chunks", "num_new_chunks", "num_blobs")
 """What ranks report of themselves and rank 0 adds up; their names are those in the manifest's head."""
 
 
 MAX_LIST_NBYTES = 4096
-"""A longer list of what is new is sent only when rank 0 has asked for it, by one of the ranks that have the same."""
+"""A longer list is sent only when rank 0 has asked for it, by one of the ranks that have the same."""
+
+MAX_SHARED_LIST_NBYTES = 32 << 10
+"""The same for lists of what is new where ranks hash for one another: each has its own, so that all would be asked."""
+
+MAX_KNOWN_SUMS_NBYTES = 64 << 20
+"""Where the ranks' different lists of sums are larger than this together, none is remembered."""
 
 MAX_KNOWN_TREES = 64
 """Where ranks have more different trees than this, none is remembered."""
 
 _known_trees: dict[bytes, assembly.KnownTree] = {}
 """Those of the last take of this process, so that ranks need not send them again."""
+
+_known_sums: dict[bytes, bytes] = {}
+"""The lists of sums of the last take of this process, by digest."""
 
 
 class Decisions:
@@ -69,9 +85,10 @@ class Decisions:
         self._options = options
         self._stats = stats
         self._announcements: list[bytes] = []
-        self._list_digests: list[bytes] = []
-        self._lists: dict[bytes, bytes] = {}
-        self._sums: list[bytes] = []
+        self._contents = _Lists()
+        self._sums = _Lists(dict(_known_sums))
+        self._told: list[memoryview] = []
+        self._passed_on: PassedOn | None = None
         # as they were when the ranks were told: another take of the group may end meanwhile
         self._trees = dict(_known_trees)
         self._duties: list[ownership.Duty] = []
@@ -79,16 +96,23 @@ class Decisions:
     def agree(self, values: list[bytes]) -> bytes:
         """Open the store, put the lease, say what everybody works on."""
         asked = [unpack(value)[0] for value in values]
-        if any(skips for *_, skips in asked):
+        if any(skips for *_, skips, _ in asked):
             return pack(None)
         paths = {path for path, *_ in asked}
         if len(paths) > 1:
             logger.warning("ranks gave different paths, rank 0's counts: %s", ", ".join(sorted(paths)))
         options = self._options
+        checks = {verifies for *_, verifies in asked}
+        if len(checks) > 1:
+            logger.warning(
+                "ranks gave different verify_replicas (%s), rank 0's counts: %r",
+                ", ".join(map(repr, sorted(checks))),
+                options.verify_replicas,
+            )
         place = place_for_take(self._path, options.store, options.storage_options, durable=knobs.is_durable())
         repository = Repository.create_or_open(place.backend, chunk_nbytes=knobs.get_chunk_size_bytes())
         lease = self.lease = start_take(repository, place.name)
-        remembered = {takes.get(repository.store_id) for _, _, takes, _ in asked}
+        remembered = {takes.get(repository.store_id) for _, _, takes, *_ in asked}
         evidence = lease.evidence
         return pack(
             [
@@ -102,53 +126,82 @@ class Decisions:
                 options.encoding,
                 len(remembered) == 1,
                 list(self._trees),
+                len(remembered) == 1 and options.verify_replicas != "full",
+                options.verify_replicas == "sample",
             ]
         )
 
     def exchange(self, values: list[bytes]) -> list[bytes]:
-        """Say who writes what, and who reports what; or first who is to send the list that several ranks may have."""
-        told = [unpack(value, 2) for value in values]
-        self._list_digests = [digest for digest, _ in told]
-        self._sums = [unsqueeze(sums) for _, (_, sums) in told]
-        self._lists = {digest: unsqueeze(contents) for digest, (contents, _) in told if len(contents)}
-        asked = {digest: rank for rank, digest in reversed(list(enumerate(self._list_digests)))}
-        if asked.keys() <= self._lists.keys():
+        """Say who writes what, and who reports what; or first who is to send a list that several ranks may have.
+
+        Where only some ranks have hashed for others, everybody is to hash everything.
+        """
+        told = [unpack(value, 3) for value in values]
+        if len({shares for (*_, shares), _ in told}) > 1:
+            return [pack(["all"])] * len(values)
+        self._told = [parts for _, (*_, parts) in told] if told[0][0][2] else []
+        self._contents.hear([digest for (digest, *_), _ in told], [contents for _, (contents, *_) in told])
+        self._sums.hear([digest for (_, digest, _), _ in told], [sums for _, (_, sums, _) in told])
+        asked = self._contents.missing(), self._sums.missing()
+        if not any(asked):
             return self._exchanged()
-        return [
-            pack(asked[digest] == rank and digest not in self._lists) for rank, digest in enumerate(self._list_digests)
-        ]
+        return [pack(["lists", *(rank in ranks for ranks in asked)]) for rank in range(len(values))]
 
     def lists(self, values: list[bytes]) -> list[bytes]:
         """The lists that were asked for have come."""
-        self._lists |= {
-            digest: unsqueeze(value) for digest, value in zip(self._list_digests, values, strict=True) if value
-        }
+        told = [unpack(value, 2)[1] for value in values]
+        self._contents.hear(self._contents.digests, [contents for contents, _ in told])
+        self._sums.hear(self._sums.digests, [sums for _, sums in told])
         return self._exchanged()
 
     def _exchanged(self) -> list[bytes]:
-        announcements = self._announcements = [self._lists[digest] for digest in self._list_digests]
+        announcements = self._announcements = self._contents.all()
         self._duties = ownership.assign(announcements)
-        answers = agreement.decide(self._sums)
-        self._lists, self._sums = {}, []
+        answers = agreement.decide(self._sums.all())
+        _known_sums.clear()
+        _known_sums.update(self._sums.of_this_take(MAX_KNOWN_SUMS_NBYTES))
+        if self._told:
+            self._passed_on = PassedOn(
+                [unsqueeze(parts, known) for parts, known in zip(self._told, announcements, strict=True)]
+            )
+        self._contents, self._sums, self._told = _Lists(), _Lists(), []
         has_shared = any(any(duty.is_shared) for duty in self._duties)
+        has_shared = has_shared or (self._passed_on is not None and self._passed_on.has_new)
+        passed_on: _Once[tuple[int, ...]] = _Once(lambda numbers: squeeze(self._heard(numbers)))
+        counts = _Once(squeeze)
         return [
-            pack([answer.conflicts, has_shared], [ownership.pack_duty(duty), answer.duties])
-            for duty, answer in zip(self._duties, answers, strict=True)
+            pack(
+                ["done", answer.conflicts, has_shared],
+                [ownership.pack_duty(duty), answer.duties, counts(_counts(answer)), passed_on(self._hears(rank))],
+            )
+            for rank, (duty, answer) in enumerate(zip(self._duties, answers, strict=True))
         ]
 
+    def _hears(self, rank: int) -> tuple[int, ...]:
+        """The numbers of what is passed on to a rank."""
+        return () if self._passed_on is None else self._passed_on.to(rank)
+
+    def _heard(self, numbers: Sequence[int]) -> bytes:
+        return b"" if self._passed_on is None else self._passed_on.packed(numbers)
+
     def places(self, values: list[bytes]) -> list[bytes]:
-        """Tell every rank where the contents are that it announced and others have put."""
+        """Tell every rank where the contents are that others have put: those that it announced, or was told of."""
         tables = [
             ChunkTable.unpack(unsqueeze(value, announcement))
             for announcement, value in zip(self._announcements, values, strict=True)
         ]
         places = {(ref.digest, ref.nbytes): ref for table in tables for ref in table.iter_refs()}
-        return [
-            squeeze(
-                pack_refs(places[content] for content, writes in _told(announcement, duty) if not writes), announcement
-            )
-            for announcement, duty in zip(self._announcements, self._duties, strict=True)
-        ]
+
+        def of_passed_on(numbers: tuple[int, ...]) -> bytes:
+            new = [] if self._passed_on is None else self._passed_on.new_in(numbers)
+            return squeeze(pack_refs(places[content] for content in new), self._heard(numbers))
+
+        passed_on = _Once(of_passed_on)
+        answers = []
+        for rank, (announcement, duty) in enumerate(zip(self._announcements, self._duties, strict=True)):
+            announced = pack_refs(places[content] for content, writes in _told(announcement, duty) if not writes)
+            answers.append(pack(None, [squeeze(announced, announcement), passed_on(self._hears(rank))]))
+        return answers
 
     def commit(self, values: list[bytes]) -> bytes:
         """All blobs are durable: put the manifest together and commit it.
@@ -216,11 +269,82 @@ class Decisions:
         )
 
 
-def pack_exchange(announcement: bytes, sums: bytes) -> bytes:
-    """A rank's message for *exchange*: of a long list, which other ranks may have too, only its digest."""
-    contents = squeeze(announcement)
-    digest = digest_of(memoryview(announcement))
-    return pack(digest, [contents if len(contents) <= MAX_LIST_NBYTES else b"", squeeze(sums)])
+class _Lists:
+    """One list of every rank, of which equal ones come once.
+
+    Args:
+        known: lists that need not come, by digest.
+    """
+
+    def __init__(self, known: dict[bytes, bytes] | None = None) -> None:
+        self.digests: list[bytes] = []
+        self._found: dict[bytes, bytes] = known or {}
+
+    def hear(self, digests: list[bytes], lists: Sequence[bytes | memoryview]) -> None:
+        """Take in what every rank has sent: nothing, or its list, squeezed."""
+        self.digests = digests
+        for digest, data in zip(digests, lists, strict=True):
+            if len(data) and digest not in self._found:
+                self._found[digest] = unsqueeze(data)
+
+    def missing(self) -> set[int]:
+        """The ranks that are to send theirs: the first of those that have the same."""
+        first = {digest: rank for rank, digest in reversed(list(enumerate(self.digests)))}
+        return {rank for digest, rank in first.items() if digest not in self._found}
+
+    def all(self) -> list[bytes]:
+        """The list of every rank."""
+        return [self._found[digest] for digest in self.digests]
+
+    def of_this_take(self, max_nbytes: int) -> dict[bytes, bytes]:
+        """The different lists by digest; none where they are larger together."""
+        found = {digest: self._found[digest] for digest in self.digests}
+        return found if sum(map(len, found.values())) <= max_nbytes else {}
+
+
+class _Once(Generic[K]):
+    """A function whose results are kept: many ranks get the same."""
+
+    def __init__(self, function: Callable[[K], bytes]) -> None:
+        self._function = function
+        self._results: dict[K, bytes] = {}
+
+    def __call__(self, argument: K) -> bytes:
+        found = self._results.get(argument)
+        if found is None:
+            found = self._results[argument] = self._function(argument)
+        return found
+
+
+def _counts(answer: Answer) -> bytes:
+    return array("I", answer.num_holders).tobytes()
+
+
+def pack_exchange(announcement: bytes, sums: bytes, told: bytes | None) -> bytes:
+    """A rank's message for *exchange*: of a long list, which other ranks may have too, only its digest.
+
+    Args:
+        announcement: what is new to it.
+        sums: of its leaves.
+        told: what it tells of chunks that it has hashed for others; None where it has hashed all for itself.
+    """
+    contents, squeezed = squeeze(announcement), squeeze(sums)
+    limit = MAX_LIST_NBYTES if told is None else MAX_SHARED_LIST_NBYTES
+    return pack(
+        [digest_of(memoryview(announcement)), digest_of(memoryview(sums)), told is not None],
+        [
+            contents if len(contents) <= limit else b"",
+            squeezed if len(squeezed) <= MAX_LIST_NBYTES else b"",
+            b"" if told is None else squeeze(told, announcement),
+        ],
+    )
+
+
+def pack_lists(announcement: bytes, sums: bytes, asked: Sequence[bool]) -> bytes:
+    """A rank's message for *lists*: those that rank 0 has asked for."""
+    return pack(
+        None, [squeeze(each) if is_asked else b"" for each, is_asked in zip((announcement, sums), asked, strict=True)]
+    )
 
 
 def pack_report(

@@ -24,10 +24,10 @@ class HashJob:
 
     Args:
         chunks: one large one, or a group of small ones.
-        known: what may be reused.
+        known: what may be reused; None where only the digests are of interest.
     """
 
-    def __init__(self, chunks: Sequence[Chunk], known: Known) -> None:
+    def __init__(self, chunks: Sequence[Chunk], known: Known | None) -> None:
         # a copy is needed only where the bytes cannot be had as they lie: on a device, or with strides
         needed = [chunk.nbytes for chunk in chunks if chunk.source.live(chunk.piece.offset, chunk.nbytes) is None]
         self.nbytes = max(needed, default=0)
@@ -43,7 +43,8 @@ class HashJob:
                 raw = buffer.memory(chunk.nbytes)
                 chunk.source.stage(chunk.piece.box, raw)
             chunk.digest = digest_of(raw)
-            chunk.ref = self._known.lookup(chunk.digest, chunk.nbytes)
+            if self._known is not None:
+                chunk.ref = self._known.lookup(chunk.digest, chunk.nbytes)
         return False
 
     def finish(self, buffer: Buffer | None) -> None:

@@ -1,8 +1,9 @@
 """Runs a take over several ranks: agree → hash → exchange → put → places → durable → commit.
 
-What lives here: the order of the steps on every rank. What doesn't: what rank 0 makes of the ranks' messages
-(``group_decisions``), how messages travel (``coordination.distributed``), who writes and who reports what
-(``ownership``, ``agreement``), the protocol with the store (``store.leases``; rank 0 holds the one lease).
+What lives here: the order of the steps on every rank. What doesn't: hashing and the round *exchange*
+(``group_exchange``), what rank 0 makes of the ranks' messages (``group_decisions``), how messages travel
+(``coordination.distributed``), who hashes, writes and reports what (``sharing``, ``ownership``, ``agreement``), the
+protocol with the store (``store.leases``; rank 0 holds the one lease).
 
 Rounds. *agree*: rank 0 opens the store, puts the lease and says what everybody works on; before any ``state_dict()``,
 which may hold collectives of its own. *exchange*: what is new to each rank, and the sums of its leaves, against what
@@ -17,29 +18,29 @@ longer hear rank 0 looks for it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 
 from torchsnapshot import knobs
-from torchsnapshot.chunks.writer import ChunkWriter, Encoding
+from torchsnapshot.chunks.writer import ChunkWriter
 from torchsnapshot.coordination.distributed import Group
 from torchsnapshot.coordination.messages import CoordinationLost, pack, squeeze, unpack, unsqueeze
 from torchsnapshot.coordination.sessions import Session
 from torchsnapshot.engine.pipeline import Job, Run, submit
 from torchsnapshot.engine.staging import submit_take, wait_staged, warm_up
 from torchsnapshot.errors import CommitUnknownError, LeaseLostError, SnapshotError
-from torchsnapshot.format.entries import ContainerEntry
-from torchsnapshot.ranks import agreement, assembly, ownership
+from torchsnapshot.ranks import assembly, group_exchange
 from torchsnapshot.ranks.agreement import Duty
-from torchsnapshot.ranks.group_decisions import FIGURES, Decisions, pack_exchange, pack_refs, pack_report
-from torchsnapshot.ranks.group_jobs import HashJob, PutJob, PutPackJob
-from torchsnapshot.ranks.replicas import declared_globs, is_declared
+from torchsnapshot.ranks.group_decisions import FIGURES, Decisions, pack_refs, pack_report
+from torchsnapshot.ranks.group_exchange import Agreed, Exchange, Exchanged
+from torchsnapshot.ranks.group_jobs import PutJob, PutPackJob
+from torchsnapshot.ranks.ownership import Content
+from torchsnapshot.ranks.replicas import declared_globs
 from torchsnapshot.ranks.verdict import wait_for_verdict
 from torchsnapshot.reading.opening import Opened
 from torchsnapshot.state.app_state import read_state
-from torchsnapshot.state.flatten import ShardedLeaf
 from torchsnapshot.stateful import Stateful
 from torchsnapshot.stats import Stats
 from torchsnapshot.store.envelope import ChunkRef, ChunkTable
@@ -48,50 +49,24 @@ from torchsnapshot.store.leases import Evidence, check_lease_is_there, read_cond
 from torchsnapshot.store.locate import open_backend
 from torchsnapshot.store.repository import Repository
 from torchsnapshot.taking import history
-from torchsnapshot.taking.plan import SMALL_CHUNK_NBYTES, Chunk, Leaf, TakePlan, grouped, plan_take
+from torchsnapshot.taking.plan import SMALL_CHUNK_NBYTES, Chunk, TakePlan, grouped, plan_take
 from torchsnapshot.taking.take import TakeOptions, chunk_writer
 
 logger = logging.getLogger(__name__)
-
-Content = ownership.Content
 
 _CHECK_SECONDS = 0.5
 """How often a rank that waits for its own work looks whether another one has failed."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Agreed:
-    """What rank 0 said everybody works on."""
-
-    repository: Repository
-    name: str
-    take_id: str
-    evidence: Evidence
-    globs: Sequence[str]
-    encoding: Encoding
-    is_memory_common: bool
-    """Whether all ranks remember the same take of this store, so that they may plan with what they remember."""
-    known_trees: Collection[bytes]
-    """Digests of trees that rank 0 need not be sent."""
-
-
-@dataclass(frozen=True, slots=True)
 class _Work:
     """What a take holds between staging and commit."""
 
-    agreed: _Agreed
+    agreed: Agreed
     known: Known
     plan: TakePlan
     writer: ChunkWriter
-    duties: Mapping[str, Duty]
-    own: frozenset[Content]
-    """What is new, and for this rank to write."""
-    shared: Sequence[Content]
-    """What of this other ranks hold, too."""
-    has_shared: bool
-    """Whether any rank writes what others hold, too."""
-    announcement: bytes
-    """What this rank has told of what is new to it."""
+    exchanged: Exchanged
 
 
 class GroupTake:
@@ -154,13 +129,22 @@ class GroupTake:
                 # cells come from memory, and all ranks must cut alike
                 previous = parent if agreed.is_memory_common else history.Remembered()
                 plan = plan_take(nodes, previous, chunk_nbytes, small_nbytes)
-            with self.stats.phase("hash"):
-                self._hash(session, plan, known)
-            with self.stats.phase("exchange"):
-                writer = chunk_writer(
-                    agreed.repository, agreed.take_id, self._group.rank, agreed.encoding, in_background=in_background
-                )
-                work = self._work = self._exchange(session, agreed, known, plan, writer)
+            exchanged = Exchange(
+                session,
+                self._decisions,
+                self._group,
+                agreed,
+                plan,
+                known,
+                small_nbytes,
+                parent.take_id,
+                partial(self._hash, session),
+                self.stats,
+            ).run()
+            writer = chunk_writer(
+                agreed.repository, agreed.take_id, self._group.rank, agreed.encoding, in_background=in_background
+            )
+            work = self._work = _Work(agreed, known, plan, writer, exchanged)
             with self.stats.phase("stage" if in_background else "write"):
                 run = self._run = self._start(work, small_nbytes, in_background)
                 _wait(session, partial(wait_staged, run) if in_background else run.wait)
@@ -168,20 +152,18 @@ class GroupTake:
             # rounds would be collectives, which may not run beside the application's own
             self.commit()
 
-    def _agree(self, session: Session) -> _Agreed | None:
+    def _agree(self, session: Session) -> Agreed | None:
         options = self._options
         with self.stats.phase("agree"):
             globs = declared_globs(options.replicated, self._statefuls)
-            mine = pack([self._path, globs, history.take_ids(), self._skips])
+            mine = pack([self._path, globs, history.take_ids(), self._skips, options.verify_replicas])
             answer, _ = unpack(session.round("agree", mine, self._decisions.agree))
         if answer is None:
             return None
-        root, name, take_id, sets, sweeps, usable, globs, encoding, is_memory_common, known_trees = answer
+        root, name, take_id, sets, sweeps, usable, *others = answer
         lease = self._decisions.lease
         if lease is not None:
-            return _Agreed(
-                lease.repository, name, take_id, lease.evidence, globs, encoding, is_memory_common, known_trees
-            )
+            return Agreed(lease.repository, name, take_id, lease.evidence, *others)
         with self.stats.phase("open"):
             backend = open_backend(root, options.storage_options, durable=knobs.is_durable())
             # opened first: a client of a network filesystem may have noted that there is no store yet
@@ -193,63 +175,17 @@ class GroupTake:
                 # a collector has finished since rank 0 listed them: without the whole truth nothing is reused
                 logger.info("a condemned set is gone or unreadable, so this rank reuses nothing: %s", error)
                 condemned, usable = frozenset(), False
-        evidence = Evidence(frozenset(sweeps), condemned, usable, tuple(sets))
-        return _Agreed(repository, name, take_id, evidence, globs, encoding, is_memory_common, known_trees)
+        return Agreed(repository, name, take_id, Evidence(frozenset(sweeps), condemned, usable, tuple(sets)), *others)
 
-    def _hash(self, session: Session, plan: TakePlan, known: Known) -> None:
-        jobs: list[Job] = [HashJob(group, known) for group in plan.groups]
-        jobs += [HashJob([chunk], known) for chunk in plan.large]
-        if jobs:
-            run = self._run = submit(jobs, num_workers=knobs.get_num_threads(), budget=knobs.get_memory_budget_bytes())
-            _wait(session, run.wait)
-
-    def _exchange(self, session: Session, agreed: _Agreed, known: Known, plan: TakePlan, writer: ChunkWriter) -> _Work:
-        leaves = [leaf for leaf in plan.leaves if not isinstance(leaf.node, ContainerEntry)]
-        told = [leaf for leaf in leaves if agreement.may_have_other_holders(leaf)]
-        sums = [agreement.sum_of(leaf, declared=is_declared(leaf.path, agreed.globs)) for leaf in told]
-        new = list(dict.fromkeys((chunk.digest, chunk.nbytes) for chunk in plan.chunks() if chunk.ref is None))
-        announcement = ownership.pack_contents(new)
-        message = pack_exchange(announcement, agreement.pack_sums(sums))
-        answer = session.round("exchange", message, self._decisions.exchange)
-        control, _ = unpack(answer)
-        if isinstance(control, bool):
-            answer = session.round("lists", squeeze(announcement) if control else b"", self._decisions.lists)
-        (conflicts, has_shared), (what_to_put, what_to_report) = unpack(answer, 2)
-        if conflicts:
-            raise SnapshotError(self._describe(conflicts, told))
-        duty = ownership.unpack_duty(bytes(what_to_put), len(new))
-        own = [
-            (content, is_shared)
-            for content, writes, is_shared in zip(new, duty.writes, duty.is_shared, strict=True)
-            if writes
-        ]
-        return _Work(
-            agreed,
-            known,
-            plan,
-            writer,
-            dict.fromkeys((leaf.path for leaf in leaves), Duty.OWN)
-            | {leaf.path: Duty(number) for leaf, number in zip(told, what_to_report, strict=True)},
-            frozenset(content for content, _ in own),
-            [content for content, is_shared in own if is_shared],
-            has_shared,
-            announcement,
-        )
-
-    def _describe(self, conflicts: Sequence[tuple[int, int]], leaves: Sequence[Leaf]) -> str:
-        lines = []
-        for index, other in conflicts[:20]:
-            leaf = leaves[index]
-            kind = "hold the same part of this tensor" if isinstance(leaf.node, ShardedLeaf) else "are replicas"
-            lines.append(f"  {leaf.path}: ranks {self._group.rank} and {other} {kind}, but their contents differ")
-        more = f"\n  and {len(conflicts) - 20} more" if len(conflicts) > 20 else ""
-        return "\n".join(["ranks that must hold the same do not:", *lines]) + more
+    def _hash(self, session: Session, jobs: Sequence[Job]) -> None:
+        run = self._run = submit(jobs, num_workers=knobs.get_num_threads(), budget=knobs.get_memory_budget_bytes())
+        _wait(session, run.wait)
 
     def _start(self, work: _Work, small_nbytes: int, in_background: bool) -> Run:
         first: dict[Content, Chunk] = {}
-        for chunk in work.plan.chunks():
+        for chunk in work.exchanged.mine:
             content = (chunk.digest, chunk.nbytes)
-            if chunk.ref is None and content in work.own:
+            if chunk.ref is None and content in work.exchanged.own:
                 first.setdefault(content, chunk)
         small = [chunk for chunk in first.values() if chunk.nbytes < small_nbytes]
         jobs: list[Job] = [PutPackJob(group, work.writer) for group in grouped(small)]
@@ -288,21 +224,25 @@ class GroupTake:
         # what others have put for this rank is known to it from now on, too
         refs = {chunk.ref.digest: chunk.ref for chunk in work.plan.chunks() if chunk.ref is not None}
         work.known.learn(list(refs.values()), work.agreed.take_id)
-        history.remember(work.agreed.repository.store_id, history.Remembered.of_plan(work.agreed.take_id, work.plan))
+        store_id, take_id = work.agreed.repository.store_id, work.agreed.take_id
+        history.remember(store_id, history.Remembered.of_plan(take_id, work.plan))
+        group_exchange.remember(store_id, work.exchanged.sharing_after(take_id))
         warm_up(run)
         self._work = None
         return self._decisions.opened
 
     def _settle(self, session: Session, work: _Work) -> None:
         """Learn where the contents are that others put, and give every chunk its place."""
+        exchanged = work.exchanged
         stored: dict[Content, ChunkRef] = {(ref.digest, ref.nbytes): ref for ref in work.writer.refs}
-        if work.has_shared:
+        if exchanged.has_shared:
             with self.stats.phase("places"):
-                refs = pack_refs(stored[content] for content in work.shared)
-                answer = session.round("places", squeeze(refs, work.announcement), self._decisions.places)
+                refs = pack_refs(stored[content] for content in exchanged.shared)
+                message = squeeze(refs, exchanged.announcement)
+                _, tables = unpack(session.round("places", message, self._decisions.places), 2)
+            for table, known in zip(tables, (exchanged.announcement, exchanged.passed_on), strict=True):
                 stored |= {
-                    (ref.digest, ref.nbytes): ref
-                    for ref in ChunkTable.unpack(unsqueeze(answer, work.announcement)).iter_refs()
+                    (ref.digest, ref.nbytes): ref for ref in ChunkTable.unpack(unsqueeze(table, known)).iter_refs()
                 }
         for chunk in work.plan.chunks():
             if chunk.ref is None:
@@ -318,16 +258,16 @@ class GroupTake:
         stats.reused_nbytes = max(0, sum(chunk.nbytes for chunk in plan.chunks()) - stats.new_nbytes)
         stats.stored_nbytes, stats.num_blobs = work.writer.stored_nbytes, work.writer.num_blobs
         # in the manifest's head, what several ranks hold counts once
-        counted = [leaf for leaf in plan.leaves if self._counts(work.duties.get(leaf.path))]
+        counted = [leaf for leaf in plan.leaves if self._counts(work.exchanged.duties.get(leaf.path))]
         chunk_nbytes = sum(chunk.nbytes for leaf in counted for chunk in leaf.chunks)
         figures = {
             **{name: getattr(stats, name) for name in FIGURES},
             "state_nbytes": chunk_nbytes + sum(len(leaf.inline or b"") for leaf in counted),
             "num_chunks": sum(len(leaf.chunks) for leaf in counted),
         }
-        report = assembly.report_of(plan, work.duties, self._group.rank)
+        report = assembly.report_of(plan, work.exchanged.duties, self._group.rank)
         numbers = [figures[name] for name in FIGURES]
-        return pack_report(numbers, chunk_nbytes, report, work.announcement, work.agreed.known_trees)
+        return pack_report(numbers, chunk_nbytes, report, work.exchanged.announcement, work.agreed.known_trees)
 
     def _counts(self, duty: Duty | None) -> bool:
         return duty is Duty.OWN or (duty is Duty.REPLICATED and self._group.rank == 0)

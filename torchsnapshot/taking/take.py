@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from torchsnapshot import knobs
 from torchsnapshot.chunks.bases import bases_of
@@ -47,13 +47,16 @@ from torchsnapshot.taking.structure import Structure
 from torchsnapshot.taking.take_jobs import ChunkJob, GroupJob
 from torchsnapshot.version import __version__
 
+VerifyReplicas = Literal["sample", "full", "off"]
+"""How much of what ranks are said to hold alike is compared in each take; see ``Snapshot.take``."""
+
 
 @dataclass(frozen=True, slots=True)
 class TakeOptions:
     """What ``Snapshot.take`` was asked to do beyond the state itself; checked when it is made.
 
     Raises:
-        ValueError: an unknown encoding, or user metadata that is too large.
+        ValueError: an unknown encoding or ``verify_replicas``, or user metadata that is too large.
         TypeError: ``replicated`` is not a list of globs, ``user_metadata`` no dict of plain values with str keys, or
             ``prepare`` no function.
     """
@@ -64,10 +67,14 @@ class TakeOptions:
     encoding: Encoding = "auto"
     store: str | None = None
     user_metadata: Mapping[str, Any] | None = None
+    verify_replicas: VerifyReplicas = "sample"
 
     def __post_init__(self) -> None:
         if self.encoding not in get_args(Encoding):
             raise ValueError(f"encoding={self.encoding!r}: allowed are {', '.join(map(repr, get_args(Encoding)))}")
+        if self.verify_replicas not in get_args(VerifyReplicas):
+            allowed = ", ".join(map(repr, get_args(VerifyReplicas)))
+            raise ValueError(f"verify_replicas={self.verify_replicas!r}: allowed are {allowed}")
         # whoever is not checked by mypy may pass anything
         globs: Any = self.replicated
         is_list = isinstance(globs, (list, tuple, set, frozenset))
@@ -221,7 +228,8 @@ class Take:
         stats.num_chunks = sum(len(leaf.chunks) for leaf in work.plan.leaves)
         stats.num_new_chunks = len(new)
         stats.new_nbytes = sum(ref.nbytes for ref in new)
-        stats.reused_nbytes = sum(chunk.nbytes for chunk in work.plan.chunks()) - stats.new_nbytes
+        stats.hashed_nbytes = sum(chunk.nbytes for chunk in work.plan.chunks())
+        stats.reused_nbytes = stats.hashed_nbytes - stats.new_nbytes
         stats.stored_nbytes, stats.num_blobs = work.writer.stored_nbytes, work.writer.num_blobs
         user_metadata = dict(self._options.user_metadata or {})
         extra: dict[str, Entry] = {}
