@@ -78,16 +78,26 @@ def read_state(statefuls: Mapping[str, Stateful], prepare: PrepareTensor | None 
     Raises:
         UnsupportedValueError: values that no snapshot can hold, all of them at once.
     """
+    return flatten_states(ask_for_states(statefuls), prepare)
+
+
+def ask_for_states(statefuls: Mapping[str, Stateful]) -> dict[str, Any]:
+    """Ask every object for its state; in the order of the keys."""
     states: dict[str, Any] = {}
     with random_state_kept(statefuls):
         # the random state is read before any other state_dict() has had a chance to draw numbers
         for key in sorted(statefuls, key=lambda key: not isinstance(statefuls[key], RNGState)):
             states[key] = statefuls[key].state_dict()
+    return {key: states[key] for key in statefuls}
+
+
+def flatten_states(states: Mapping[str, Any], prepare: PrepareTensor | None = None) -> dict[str, Node]:
+    """Flatten what objects said of their states. See ``read_state``."""
     nodes: dict[str, Node] = {}
     problems: list[str] = []
-    for key in statefuls:
+    for key, state in states.items():
         try:
-            nodes.update(flatten(escape(key), states[key], on_opaque=_log_opaque))
+            nodes.update(flatten(escape(key), state, on_opaque=log_opaque))
         except UnsupportedValueError as error:
             problems.extend(error.problems)
     if problems:
@@ -104,7 +114,7 @@ def _prepared_nodes(nodes: Mapping[str, Node], prepare: PrepareTensor) -> dict[s
             prepared[path] = node
             continue
         try:
-            prepared.update(flatten(path, _prepared(path, node.tensor, prepare), on_opaque=_log_opaque))
+            prepared.update(flatten(path, _prepared(path, node.tensor, prepare), on_opaque=log_opaque))
         except UnsupportedValueError as error:
             problems.extend(error.problems)
             continue
@@ -128,7 +138,8 @@ def _prepared(path: str, tensor: torch.Tensor, prepare: PrepareTensor) -> torch.
     return result
 
 
-def _log_opaque(path: str, type_name: str) -> None:
+def log_opaque(path: str, type_name: str) -> None:
+    """Tell the user of a value that is stored as a pickle."""
     logger.info(
         "%s: a %s can only be stored as a pickle; restoring it needs allow_pickle=True. Plain values and objects "
         "with state_dict() need none.",

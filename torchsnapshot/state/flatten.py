@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import pickle
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,13 +102,14 @@ class ExpandedValue:
 
 
 @collector_paused()
-def flatten(prefix: str, state: Any, *, on_opaque: OnOpaque) -> dict[str, Node]:
+def flatten(prefix: str, state: Any, *, on_opaque: OnOpaque, above: Iterable[int] = ()) -> dict[str, Node]:
     """Take a state apart.
 
     Args:
         prefix: the path of the state: the escaped key of the application's state.
         state: what ``state_dict()`` returned. It must not change meanwhile; its tensors may, until they are staged.
         on_opaque: told of each value that is pickled.
+        above: the ids of the containers that ``state`` stands in, where it is a part of a larger state.
 
     Returns:
         The nodes by path, depth-first, parents before children.
@@ -118,7 +119,7 @@ def flatten(prefix: str, state: Any, *, on_opaque: OnOpaque) -> dict[str, Node]:
     """
     nodes: dict[str, Node] = {}
     problems: list[str] = []
-    root = Lowering(_special, _broken).lower(state)
+    root = Lowering(_special, _broken, above).lower(state)
     ahead: list[tuple[str, Any]] = [(prefix, root)]
     while ahead:
         path, node = ahead.pop()

@@ -1,4 +1,4 @@
-"""Dense tensors and arrays as bytes: the only module that reads and writes their memory.
+"""Dense tensors and arrays as bytes: the module that reads and writes their memory, one by one.
 
 A ``HostView`` shows a dense tensor in *memory order* (its shape permuted so that its memory is contiguous, where that
 is possible) and moves boxes of it to and from host buffers. Which tensors may be shown is decided in ``tensors``.
@@ -298,6 +298,10 @@ class _ArrayView(HostView):
             contiguous = bool(array.flags.c_contiguous)
         self._contiguous = contiguous
         self._memory = array if shape else array.reshape(1)
+
+    def bind(self, tensor: Any) -> HostView:
+        """See ``HostView``."""
+        return _ArrayView(tensor, self.permutation)
 
     def live(self, offset: int, nbytes: int) -> memoryview | None:
         """See ``HostView``; the view of a read-only array is read-only."""

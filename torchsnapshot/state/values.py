@@ -122,15 +122,16 @@ def _refuse(value: Any, reason: str) -> Special:
 class Lowering:
     """One walk over a state. Every object is visited once for each place where it stands."""
 
-    def __init__(self, other: Other, broken: Other | None = None) -> None:
+    def __init__(self, other: Other, broken: Other | None = None, above: Iterable[int] = ()) -> None:
         """
         Args:
             other: told of each value of no plain kind; what it returns takes the value's place.
             broken: told of each value that no kind of storage can hold (a cycle, nesting too deep).
+            above: the ids of the containers around the value, each of which makes it nested one level deeper.
         """
         self._other = other
         self._broken = broken or other
-        self._inside: set[int] = set()
+        self._inside: set[int] = set(above)
         # functions that take the walk as argument: methods would make it a cycle, which keeps tensors alive
         self._handlers: dict[type, _Handler] = {}
 

@@ -104,33 +104,57 @@ def check_host() -> None:
         raise FormatError("torchsnapshot stores little-endian bytes and does not run on big-endian hosts")
 
 
+@dataclass(frozen=True, slots=True)
+class PackedSection:
+    """A section as it stands in a file, wherever that is: compressed where that pays, and hashed."""
+
+    type: SectionType
+    codec: SectionCodec
+    raw_nbytes: int
+    stored: bytes
+    digest: bytes
+
+
+def pack_section(section_type: SectionType, raw: bytes) -> PackedSection:
+    """Compress and hash a section. The head is never compressed.
+
+    Raises:
+        ValueError: it is larger than a section may be.
+    """
+    if len(raw) > bounded.MAX_SECTION_NBYTES:
+        raise ValueError(f"the {_name(section_type)} section has {len(raw)} bytes, more than a manifest may")
+    compressed = None if section_type is SectionType.HEAD else bounded.compress(raw)
+    stored = raw if compressed is None else compressed
+    codec = SectionCodec.RAW if compressed is None else SectionCodec.ZSTD
+    return PackedSection(section_type, codec, len(raw), stored, digest_of(stored))
+
+
 def pack_container(sections: Sequence[tuple[SectionType, bytes]], incompatible: int, compatible: int) -> bytes:
+    """Build the file of raw sections. See ``join_sections``."""
+    return join_sections([pack_section(*section) for section in sections], incompatible, compatible)
+
+
+def join_sections(sections: Sequence[PackedSection], incompatible: int, compatible: int) -> bytes:
     """Build the file.
 
     Args:
-        sections: type and raw bytes, in the order of the file; the head comes first and is never compressed.
+        sections: in the order of the file; the head comes first.
         incompatible: flags of which a reader of entries must know every one.
         compatible: flags that a reader may ignore.
     """
     check_host()
     header_nbytes = _HEADER.size + len(sections) * _SECTION.size + DIGEST_NBYTES
     directory: list[bytes] = []
-    bodies: list[bytes] = []
     offset = header_nbytes
-    for section_type, raw in sections:
-        if len(raw) > bounded.MAX_SECTION_NBYTES:
-            raise ValueError(f"the {section_type.name.lower()} section has {len(raw)} bytes, more than a manifest may")
-        compressed = None if section_type is SectionType.HEAD else bounded.compress(raw)
-        stored = raw if compressed is None else compressed
-        codec = SectionCodec.RAW if compressed is None else SectionCodec.ZSTD
+    for section in sections:
+        nbytes = len(section.stored)
         directory.append(
-            _SECTION.pack(section_type, codec, 0, 0, offset, len(stored), len(raw), digest_of(stored)),
+            _SECTION.pack(section.type, section.codec, 0, 0, offset, nbytes, section.raw_nbytes, section.digest)
         )
-        bodies.append(stored)
-        offset += len(stored)
+        offset += nbytes
     header = _HEADER.pack(MAGIC, ENVELOPE_VERSION, len(sections), incompatible, compatible, header_nbytes, offset)
     header += b"".join(directory)
-    return b"".join((header, digest_of(header), *bodies))
+    return b"".join((header, digest_of(header), *[section.stored for section in sections]))
 
 
 def parse_header(data: bytes | memoryview, where: str, *, whole: bool) -> Header:

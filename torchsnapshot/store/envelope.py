@@ -1,9 +1,9 @@
 """The manifest's container, head and chunk tables: all that ls, gc, verify, copy and du read. Knows nothing of tensors.
 
 What lives here: what a take says about itself (``Head``), which chunk tables a manifest has (``Envelope``), and
-reading and building whole manifests. What doesn't: the outer form (``container``), the tables' bytes (``tables``;
-their names are exported here too), the entries section (``torchsnapshot.format.entries``), I/O: table blobs come
-through a callable.
+reading and building whole manifests. What doesn't: the outer form (``container``), the tables' bytes (``tables``, and
+``table_references`` for those in blobs of their own; their names are exported here too), the entries section
+(``torchsnapshot.format.entries``), I/O: table blobs come through a callable.
 
 Invariants: the head can be read from the first ``HEAD_READ_NBYTES`` of any manifest; head and envelope of a manifest
 with unknown *incompatible* flags are still readable (gc and ls go on), its entries are not.
@@ -24,17 +24,20 @@ from torchsnapshot.store.container import (
     ENVELOPE_VERSION,
     MAGIC,
     Header,
+    PackedSection,
     SectionCodec,
     SectionType,
     check_host,
     check_section,
     digest_of,
-    pack_container,
+    join_sections,
+    pack_section,
     parse_header,
     read_section,
 )
-from torchsnapshot.store.keys import SUFFIXES, BlobKey, is_id, parse_blob_key
-from torchsnapshot.store.tables import MAX_RANK, XXH3_128, ChunkRef, ChunkTable, ChunkTableBuilder, Form
+from torchsnapshot.store.keys import is_id
+from torchsnapshot.store.table_references import MAX_TABLE_NBYTES, TableReference, pack_reference, unpack_reference
+from torchsnapshot.store.tables import XXH3_128, ChunkRef, ChunkTable, ChunkTableBuilder, Form
 
 __all__ = [
     "DIGEST_NBYTES",
@@ -53,7 +56,10 @@ __all__ = [
     "Head",
     "LoadTable",
     "ManifestFile",
+    "PackedSection",
     "TableReference",
+    "join_manifest",
+    "pack_body",
     "pack_manifest",
     "read_entries",
     "read_envelope",
@@ -66,9 +72,6 @@ HEAD_READ_NBYTES = 8192
 
 MAX_HEAD_NBYTES = 4096
 MAX_USER_METADATA_NBYTES = 2048
-MAX_TABLE_NBYTES = 256 << 20
-"""The most bytes that a table blob may have."""
-
 KNOWN_INCOMPATIBLE = 0
 """The incompatible flags that this library understands: none have been needed so far."""
 
@@ -77,7 +80,6 @@ LoadTable = Callable[[str], bytes]
 
 _ENVELOPE = struct.Struct("<B3sI")
 _TABLE = struct.Struct("<B7sQ")
-_REFERENCE = struct.Struct("<16s12sIIB3s")
 _INLINE, _BY_REFERENCE = 0, 1
 
 
@@ -175,15 +177,6 @@ def user_metadata_fits(user_metadata: Mapping[str, Any]) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class TableReference:
-    """A chunk table that stands in a blob of its own; ``digest`` is that of the blob's bytes, and part of its key."""
-
-    key: str
-    nbytes: int
-    digest: bytes
-
-
-@dataclass(frozen=True, slots=True)
 class Envelope:
     """The chunk tables of a manifest, in the order in which entries count them."""
 
@@ -230,7 +223,7 @@ class Envelope:
         parts = [_ENVELOPE.pack(self.algorithm, bytes(3), len(self.tables))]
         for table in self.tables:
             kind = _INLINE if isinstance(table, ChunkTable) else _BY_REFERENCE
-            body = table.pack() if isinstance(table, ChunkTable) else _pack_reference(table)
+            body = table.pack() if isinstance(table, ChunkTable) else pack_reference(table)
             parts += (_TABLE.pack(kind, bytes(7), len(body)), body)
         return b"".join(parts)
 
@@ -265,33 +258,10 @@ class Envelope:
             position += nbytes
             if kind not in (_INLINE, _BY_REFERENCE):
                 raise NewerFormatError(f"{name}: unknown kind {kind}; upgrade torchsnapshot")
-            tables.append(ChunkTable.unpack(body, name) if kind == _INLINE else _unpack_reference(body, name))
+            tables.append(ChunkTable.unpack(body, name) if kind == _INLINE else unpack_reference(body, name))
         if position != len(data):
             raise FormatError(f"{where}: {len(data) - position} bytes behind the last table")
         return cls(algorithm, tuple(tables))
-
-
-def _pack_reference(reference: TableReference) -> bytes:
-    key = parse_blob_key(reference.key)
-    if key is None or key.digest != reference.digest:
-        raise ValueError(f"{reference.key!r} is not the key of a table blob with that digest")
-    if not _is_table_size(reference.nbytes):
-        raise ValueError(f"table blob {reference.key} has {reference.nbytes} bytes")
-    suffix = SUFFIXES.index(key.suffix)
-    return _REFERENCE.pack(key.digest, bytes.fromhex(key.take_id), key.rank, reference.nbytes, suffix, bytes(3))
-
-
-def _unpack_reference(body: memoryview, where: str) -> TableReference:
-    if len(body) != _REFERENCE.size:
-        raise FormatError(f"{where}: a reference of {len(body)} bytes")
-    digest, take, rank, nbytes, suffix, zeros = _REFERENCE.unpack(body)
-    if rank > MAX_RANK or suffix >= len(SUFFIXES) or any(zeros) or not _is_table_size(nbytes):
-        raise FormatError(f"{where}: not a reference to a table blob")
-    return TableReference(str(BlobKey(digest, take.hex(), rank, SUFFIXES[suffix])), nbytes, digest)
-
-
-def _is_table_size(nbytes: int) -> bool:
-    return 1 <= nbytes <= MAX_TABLE_NBYTES
 
 
 class ManifestFile:
@@ -392,9 +362,15 @@ def pack_manifest(
     Raises:
         ValueError: a value that no manifest can hold.
     """
-    sections = (
-        (SectionType.HEAD, head.pack()),
-        (SectionType.ENVELOPE, Envelope(XXH3_128, tuple(tables)).pack()),
-        (SectionType.ENTRIES, entries),
-    )
-    return pack_container(sections, incompatible, compatible)
+    return join_manifest(head, pack_body(tables, entries), incompatible, compatible)
+
+
+def pack_body(tables: Sequence[ChunkTable | TableReference], entries: bytes) -> list[PackedSection]:
+    """All sections of a manifest but its head; see ``pack_manifest``."""
+    envelope = Envelope(XXH3_128, tuple(tables)).pack()
+    return [pack_section(SectionType.ENVELOPE, envelope), pack_section(SectionType.ENTRIES, entries)]
+
+
+def join_manifest(head: Head, body: Sequence[PackedSection], incompatible: int = 0, compatible: int = 0) -> bytes:
+    """Build a manifest of what ``pack_body`` gave; see ``pack_manifest``."""
+    return join_sections([pack_section(SectionType.HEAD, head.pack()), *body], incompatible, compatible)

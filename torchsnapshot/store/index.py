@@ -41,12 +41,12 @@ class Index:
             if place is None:
                 return None
             ref = self._tables[place >> _ROW_BITS].ref(place & ((1 << _ROW_BITS) - 1))
-        return ref if ref.nbytes == nbytes and not self._is_dropped(ref) else None
+        return ref if ref.nbytes == nbytes and not self.is_dropped(ref) else None
 
     def add(self, ref: ChunkRef) -> None:
         """Take in one chunk. It replaces what was known of its digest: the caller has just seen this one work."""
         with self._lock:
-            if not self._is_dropped(ref):
+            if not self.is_dropped(ref):
                 self._refs[ref.digest] = ref
 
     def add_table(self, table: ChunkTable) -> None:
@@ -57,7 +57,7 @@ class Index:
             rows, first = self._rows, number << _ROW_BITS
             if self._dropped and not self._dropped.isdisjoint(table.keys):
                 for row, ref in enumerate(table.iter_refs()):
-                    if not self._is_dropped(ref):
+                    if not self.is_dropped(ref):
                         rows.setdefault(ref.digest, first + row)
                 return
             for row, digest in enumerate(table.digests(0, len(table))):
@@ -80,16 +80,17 @@ class Index:
             if not dropped:
                 return
             self._dropped |= dropped
-            self._refs = {digest: ref for digest, ref in self._refs.items() if not self._is_dropped(ref)}
+            self._refs = {digest: ref for digest, ref in self._refs.items() if not self.is_dropped(ref)}
             for number, table in enumerate(self._tables):
                 # a table holds the keys of all bases of its rows, so most tables need no second look
                 if dropped.isdisjoint(table.keys):
                     continue
                 for row, ref in enumerate(table.iter_refs()):
-                    if self._rows.get(ref.digest) == (number << _ROW_BITS) + row and self._is_dropped(ref):
+                    if self._rows.get(ref.digest) == (number << _ROW_BITS) + row and self.is_dropped(ref):
                         del self._rows[ref.digest]
 
-    def _is_dropped(self, ref: ChunkRef) -> bool:
+    def is_dropped(self, ref: ChunkRef) -> bool:
+        """Whether the chunk's blob, or that of a base of it, was dropped."""
         if not self._dropped:
             return False
         link: ChunkRef | None = ref

@@ -73,17 +73,37 @@ class Known:
         """The manifest with the greatest commit time among those that were read."""
         return self._filled.newest if self._filled else None
 
+    @property
+    def origin(self) -> object:
+        """What this knowledge comes from: another object after each finished sweep, None where nothing is known."""
+        return self._filled
+
     def lookup(self, digest: bytes, nbytes: int) -> ChunkRef | None:
         """Where this content is stored, if it may be reused."""
         if self._filled is None:
             return None
         ref = self._filled.index.lookup(digest, nbytes)
-        link = ref
+        return ref if ref is not None and self._may_reuse(ref) else None
+
+    def may_reuse(self, refs: Iterable[ChunkRef]) -> bool:
+        """Whether all of these chunks may be reused.
+
+        Args:
+            refs: chunks that a take of this process has committed, and that were known then or put by it; its knowledge
+                was of the same ``origin``. Of the chunks of one pack, one is enough.
+        """
+        if self._filled is None:
+            return False
+        index = self._filled.index
+        return not any(index.is_dropped(ref) or not self._may_reuse(ref) for ref in refs)
+
+    def _may_reuse(self, ref: ChunkRef) -> bool:
+        link: ChunkRef | None = ref
         while link is not None:
             if link.key in self._condemned or not self._is_present(link):
-                return None
+                return False
             link = link.base
-        return ref
+        return True
 
     def _is_present(self, ref: ChunkRef) -> bool:
         present = self._present.get(ref.key)

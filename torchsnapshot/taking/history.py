@@ -84,12 +84,17 @@ class Remembered:
     def of_plan(cls, take_id: str, plan: TakePlan) -> Remembered:
         """What a take that was just committed knows itself, without reading its manifest back."""
         places = {
-            leaf.path: _place_of_leaf(leaf)
+            leaf.path: place_of(leaf)
             for leaf in plan.leaves
             # the cell counts also where this rank has no element of the tensor
             if leaf.chunks or isinstance(leaf.node, ShardedLeaf)
         }
         return cls(take_id, lambda: places)
+
+    @classmethod
+    def of_settled(cls, take_id: str, leaves: Sequence[Leaf]) -> Remembered:
+        """The same, of leaves that are settled: these may wait until somebody asks."""
+        return cls(take_id, lambda: {leaf.path: place_of(leaf) for leaf in leaves if leaf.chunks})
 
     def at(self, path: str) -> Place | None:
         """What stood at a path."""
@@ -120,12 +125,11 @@ def _place_of_entry(manifest: StoredManifest, entry: Entry) -> Place:
     return Place("", (), (), digests)
 
 
-def _place_of_leaf(leaf: Leaf) -> Place:
-    changed = frozenset(
-        index
-        for index, chunk in enumerate(leaf.chunks)
-        if chunk.previous is not None and chunk.ref is not None and chunk.ref.digest != chunk.previous
-    )
+def place_of(leaf: Leaf) -> Place:
+    """What a leaf of a finished plan leaves at its path."""
+    # a settled leaf was compared with what stands there itself, and has kept what came out before
+    changes = [chunk.changed_last_time for chunk in leaf.chunks] if leaf.is_settled else leaf.changes()
+    changed = frozenset(index for index, has_changed in enumerate(changes) if has_changed)
     digests = [chunk.ref.digest for chunk in leaf.chunks if chunk.ref is not None]
     if isinstance(leaf.node, ShardedLeaf):
         return Place(leaf.node.source.dtype, leaf.node.source.shape, leaf.cell, digests, changed)

@@ -92,7 +92,10 @@ class Chunk:
 
 @dataclass(slots=True, eq=False)
 class Leaf:
-    """One node of the state with its chunks: what becomes an entry once every digest is known."""
+    """One node of the state with its chunks: what becomes an entry once every digest is known.
+
+    A settled leaf is what a committed take has left of it, without memory. Several takes share one: it never changes.
+    """
 
     path: str
     node: Node
@@ -100,16 +103,54 @@ class Leaf:
     cell: tuple[int, ...] = ()
     chunks: list[Chunk] = field(default_factory=list)
     inline: bytes | None = None
+    is_settled: bool = False
+
+    def settled(self, view: HostView | None) -> Leaf:
+        """What a committed take leaves of it.
+
+        Args:
+            view: the leaf's without memory.
+        """
+        node = self.node
+        if isinstance(node, TensorLeaf):
+            node = TensorLeaf(None, node.wrapper, node.requires_grad)
+        elif not isinstance(node, ContainerEntry):
+            node = ValueLeaf(b"")
+        source = BytesSource(b"") if view is None else view
+        chunks = []
+        for chunk, has_changed in zip(self.chunks, self.changes(), strict=True):
+            assert chunk.ref is not None
+            digest = chunk.ref.digest
+            chunks.append(Chunk(self.path, source, chunk.piece, chunk.width, digest, has_changed, chunk.ref))
+        return Leaf(self.path, node, view, self.cell, chunks, None if view is None else self.inline, is_settled=True)
+
+    def changes(self) -> list[bool]:
+        """Which chunks of a finished leaf the take found to be others than those that stood there before."""
+        return [
+            chunk.previous is not None and chunk.ref is not None and chunk.ref.digest != chunk.previous
+            for chunk in self.chunks
+        ]
 
 
 @dataclass(slots=True)
 class TakePlan:
-    """The work of a take: leaves in the order of the state, their large chunks, and groups of small ones."""
+    """The work of a take: leaves in the order of the state, and what of their chunks is to be looked at.
+
+    ``large`` are large chunks, ``groups`` small ones, as they are packed together; the chunks of settled leaves are in
+    neither. ``chunked_nbytes`` is what all chunks hold, a chunk below ``small_nbytes`` is a small one.
+    """
 
     leaves: list[Leaf]
     large: list[Chunk]
     groups: list[list[Chunk]]
     state_nbytes: int
+    chunked_nbytes: int = 0
+    small_nbytes: int = 0
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether every chunk was found as the last take had left it when the plan was made."""
+        return not self.large and not self.groups
 
     def chunks(self) -> Iterator[Chunk]:
         """Every chunk, in the order of the leaves."""
@@ -178,11 +219,14 @@ def plan_of_leaves(leaves: list[Leaf], small_nbytes: int) -> TakePlan:
     """The plan of leaves that are cut already; see ``plan_take``."""
     chunks = [chunk for leaf in leaves for chunk in leaf.chunks]
     inline_nbytes = sum(len(leaf.inline) for leaf in leaves if leaf.inline is not None)
+    chunked_nbytes = sum(chunk.nbytes for chunk in chunks)
     return TakePlan(
         leaves,
         [chunk for chunk in chunks if chunk.nbytes >= small_nbytes],
         list(grouped(chunk for chunk in chunks if chunk.nbytes < small_nbytes)),
-        sum(chunk.nbytes for chunk in chunks) + inline_nbytes,
+        chunked_nbytes + inline_nbytes,
+        chunked_nbytes,
+        small_nbytes,
     )
 
 

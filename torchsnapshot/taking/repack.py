@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torchsnapshot import knobs
 from torchsnapshot.chunks.reader import ChunkReader
@@ -26,7 +27,7 @@ from torchsnapshot.reading.reads import BytesMemory
 from torchsnapshot.stats import Stats
 from torchsnapshot.store.envelope import ChunkRef
 from torchsnapshot.store.repository import Repository
-from torchsnapshot.taking.plan import Chunk, TakePlan, grouped
+from torchsnapshot.taking.plan import Chunk, Leaf, TakePlan, grouped
 
 logger = logging.getLogger(__name__)
 
@@ -36,19 +37,33 @@ PACK_LIVE_SHARE = 4
 
 @collector_paused()
 def lonely_chunks(plan: TakePlan) -> list[Chunk]:
-    """The chunks of a finished plan whose packs are hardly used by it."""
-    packs: dict[str, list[tuple[Chunk, ChunkRef]]] = {}
-    for group in plan.groups:
-        for chunk in group:
+    """The chunks of a finished plan whose packs are hardly used by it. Settled leaves among them become the plan's own.
+
+    A plan that found everything as the last take left it has none: then nothing moves.
+    """
+    if plan.is_settled:
+        return []
+    packs: dict[str, list[tuple[int, int, ChunkRef]]] = {}
+    for number, leaf in enumerate(plan.leaves):
+        for index, chunk in enumerate(leaf.chunks):
             ref = chunk.ref
-            if ref is not None and ref.stored_nbytes < ref.blob_nbytes:
-                packs.setdefault(ref.key, []).append((chunk, ref))
+            if ref is not None and chunk.nbytes < plan.small_nbytes and ref.stored_nbytes < ref.blob_nbytes:
+                packs.setdefault(ref.key, []).append((number, index, ref))
     lonely: list[Chunk] = []
     for members in packs.values():
-        live_nbytes = sum({ref.offset: ref.stored_nbytes for _, ref in members}.values())
-        if live_nbytes * PACK_LIVE_SHARE < members[0][1].blob_nbytes:
-            lonely.extend(chunk for chunk, _ in members)
+        live_nbytes = sum({ref.offset: ref.stored_nbytes for _, _, ref in members}.values())
+        if live_nbytes * PACK_LIVE_SHARE < members[0][2].blob_nbytes:
+            lonely.extend(_own(plan, number).chunks[index] for number, index, _ in members)
     return lonely
+
+
+def _own(plan: TakePlan, number: int) -> Leaf:
+    """A leaf of the plan, its own copy where other takes share it."""
+    leaf = plan.leaves[number]
+    if leaf.is_settled:
+        chunks = [replace(chunk) for chunk in leaf.chunks]
+        leaf = plan.leaves[number] = replace(leaf, chunks=chunks, is_settled=False)
+    return leaf
 
 
 def move(chunks: Sequence[Chunk], repository: Repository, writer: ChunkWriter) -> None:

@@ -1,16 +1,20 @@
-"""What planning and packing a state once has shown about every state that is made like it: the way for the next take.
+"""What planning a state once has shown about every state that is made like it: the way for the next take.
 
-What lives here: ``Structure``, kept between takes, and the check that a state still has it. What doesn't: planning
-and packing themselves (``plan``, ``format.entries``): what is done here gives the same, only with less work for each
-tensor.
+What lives here: ``Structure``, kept between takes, and the short ways to a plan. What doesn't: planning
+itself (``plan``), packing (``section``): what is done here gives the same, only with less work for each tensor; reading
+a state into the frame of the last one (``state.skeleton``).
 
 A state has the same structure as another one if it has the same paths in the same order, equal containers, and tensors
 of the same class, dtype, shape, strides and device, with the same wrappers. Then the same cells, chunks and table rows
-come out; what differs is addresses and content. And the entries section differs only in the bytes of inline tensors
-and values: where these are as long as before, they are put into their places in the last section. That one was read
-back and checked when it was packed; nothing that is checked depends on the bytes inside a value of the same length.
+come out; what differs is addresses and content.
 
-Invariant: nothing here keeps a tensor or its memory alive.
+There are two ways. ``plan`` takes any nodes, and compares them one by one. ``plan_settled`` takes what was read into
+the skeleton of the last state: there each small tensor of the host whose bytes are what the last take stored keeps the
+leaf that this take left, which is settled: without memory, and with the place of its chunk.
+
+Invariant: nothing here keeps a tensor or its memory alive. A settled leaf is used only while this process's knowledge
+of the store is what it was when the take committed that left it (``Known.origin``), and after a look whether all blobs
+that such leaves name may be reused.
 """
 
 from __future__ import annotations
@@ -23,75 +27,88 @@ from typing import Any
 
 import torch
 
-from torchsnapshot.format.entries import WRAPPERS, ContainerEntry, Entry, ShardedTensorEntry, TensorEntry, pack_entries
-from torchsnapshot.format.entry_bytes import pack_record
+from torchsnapshot.chunks.reader import digest_of
+from torchsnapshot.format.entries import ContainerEntry
 from torchsnapshot.geometry import grid
 from torchsnapshot.geometry.grid import Piece
 from torchsnapshot.pauses import collector_paused
-from torchsnapshot.state.flatten import Node, OpaqueLeaf, ShardedLeaf, TensorLeaf, ValueLeaf
+from torchsnapshot.state.columns import BufferColumn
+from torchsnapshot.state.flatten import Node, OnOpaque, OpaqueLeaf, ShardedLeaf, TensorLeaf, ValueLeaf
 from torchsnapshot.state.host_views import HostView
-from torchsnapshot.store import bounded
-from torchsnapshot.store.envelope import ChunkRef, ChunkTable, ChunkTableBuilder
+from torchsnapshot.state.skeleton import Reading, Skeleton
+from torchsnapshot.store.envelope import ChunkRef
+from torchsnapshot.store.known import Known
+from torchsnapshot.taking.history import place_of
 from torchsnapshot.taking.plan import (
-    INLINE_VALUE_NBYTES,
     BytesSource,
+    Chunk,
     Leaf,
+    Place,
     Previous,
     TakePlan,
-    build_entries,
     chunks_of,
     plan_of_leaves,
 )
+from torchsnapshot.taking.section import Packer
+from torchsnapshot.taking.signatures import Signature, signature_of
 
-Signature = tuple[Any, ...]
+HASHED_AT_ONCE_NBYTES = 4096
+"""Chunks up to this size are compared with the last take while planning; larger ones are left to the workers."""
 
-
-def _signature_of(node: Node) -> Signature | None:
-    """What must be equal for another node in the same place to be planned alike; None where that isn't known."""
-    if type(node) is TensorLeaf:
-        tensor = node.tensor
-        if not isinstance(tensor, torch.Tensor):
-            return None
-        return (
-            tensor.dtype, tensor.shape, tensor.stride(), tensor.device, tensor.is_conj(), tensor.is_neg(),
-            type(tensor), node.wrapper, node.requires_grad,
-        )  # fmt: skip
-    if type(node) is ContainerEntry:
-        # 1, 1.0 and True are equal to Python
-        return node.kind, node.keys, tuple(map(type, node.keys)), node.extra
-    if type(node) is ValueLeaf:
-        return ValueLeaf, max(len(node.data), INLINE_VALUE_NBYTES)
-    if type(node) is OpaqueLeaf:
-        return OpaqueLeaf, node.type_name, max(len(node.data), INLINE_VALUE_NBYTES)
-    return None
+_RAW = operator.attrgetter("raw")
 
 
 @dataclass(frozen=True, slots=True)
 class _Template:
-    """What stays of a leaf: its signature and all that follows from it. ``view`` has no memory."""
+    """What stays of a leaf: its signature and all that follows from it. ``view`` has no memory.
+
+    ``groups`` says in which group each small chunk is packed, None for large ones.
+    """
 
     signature: Signature
     view: HostView | None
     cell: tuple[int, ...]
     pieces: tuple[Piece, ...]
+    groups: tuple[int | None, ...]
     is_inline: bool
 
 
 @dataclass(frozen=True, slots=True)
-class _Section:
-    """An entries section without the bytes of its inline leaves: what stands before, between and behind them."""
+class _Settled:
+    """What a committed take has left: its leaves, a chunk of every blob that they name, and what it knew of these."""
 
-    parts: list[bytes]
-    sizes: list[int]
+    take_id: str
+    origin: object
+    leaves: list[Leaf]
+    samples: list[ChunkRef]
 
-    def filled(self, inline: Sequence[bytes]) -> bytes | None:
-        """The section with other bytes in it; None where their sizes differ."""
-        if list(map(len, inline)) != self.sizes:
-            return None
-        pieces = [b""] * (2 * len(inline) + 1)
-        pieces[::2] = self.parts
-        pieces[1::2] = inline
-        return b"".join(pieces)
+
+class _Columns:
+    """The tensors of a skeleton, sorted by what is done with them; all numbers are those of columns."""
+
+    def __init__(self, skeleton: Skeleton, templates: Sequence[_Template]) -> None:
+        self.inline: list[int] = []
+        self.hashed: list[int] = []
+        self.others: list[int] = []
+        self.inline_nbytes = 0
+        sizes: dict[int, int] = {}
+        for column, number in enumerate(skeleton.numbers):
+            template = templates[number]
+            view = template.view
+            assert view is not None
+            sizes[column] = view.nbytes
+            if not view.nbytes:
+                continue
+            if template.is_inline and view.is_plain:
+                self.inline.append(column)
+                self.inline_nbytes += view.nbytes
+            elif view.is_plain and len(template.pieces) == 1 and view.nbytes <= HASHED_AT_ONCE_NBYTES:
+                self.hashed.append(column)
+            else:
+                self.others.append(column)
+        self.hashed_numbers = [skeleton.numbers[column] for column in self.hashed]
+        self.inline_buffers = BufferColumn(self.inline, [sizes[column] for column in self.inline])
+        self.hashed_buffers = BufferColumn(self.hashed, [sizes[column] for column in self.hashed])
 
 
 class Structure:
@@ -101,14 +118,21 @@ class Structure:
         paths: of the leaves, in their order.
         templates: of the leaves.
         sizes: the sizes of chunks that were planned with.
+        plan: the plan.
     """
 
-    def __init__(self, paths: list[str], templates: list[_Template], sizes: tuple[int, int]) -> None:
+    def __init__(self, paths: list[str], templates: list[_Template], sizes: tuple[int, int], plan: TakePlan) -> None:
         self._paths = paths
         self._templates = templates
         self._sizes = sizes
-        self._section: _Section | None = None
-        self._table: tuple[list[ChunkRef], ChunkTable] | None = None
+        self._chunked_nbytes = plan.chunked_nbytes
+        self._num_groups = len(plan.groups)
+        self._skeleton: Skeleton | None = None
+        self._columns: _Columns | None = None
+        self._settled: _Settled | None = None
+        packer = Packer()
+        self.pack = packer.pack
+        self.pack_body = packer.pack_body
 
     @classmethod
     @collector_paused()
@@ -116,19 +140,32 @@ class Structure:
         """The structure of a state that was planned so; None where it has leaves of kinds that are always planned anew.
 
         Args:
-            plan: made of the state.
+            plan: made of the state by ``plan_take``.
             chunk_nbytes: as ``plan_take`` was given it.
             small_nbytes: as ``plan_take`` was given it.
         """
+        groups = {id(chunk): number for number, group in enumerate(plan.groups) for chunk in group}
         templates = []
         for leaf in plan.leaves:
-            signature = _signature_of(leaf.node)
+            signature = signature_of(leaf.node)
             if signature is None:
                 return None
             view = None if leaf.view is None else leaf.view.bare()
             pieces = tuple([chunk.piece for chunk in leaf.chunks])
-            templates.append(_Template(signature, view, leaf.cell, pieces, leaf.inline is not None))
-        return cls([leaf.path for leaf in plan.leaves], templates, (chunk_nbytes, small_nbytes))
+            packs = tuple([groups.get(id(chunk)) for chunk in leaf.chunks])
+            templates.append(_Template(signature, view, leaf.cell, pieces, packs, leaf.inline is not None))
+        return cls([leaf.path for leaf in plan.leaves], templates, (chunk_nbytes, small_nbytes), plan)
+
+    @property
+    def skeleton(self) -> Skeleton | None:
+        """What the next state is to be read into."""
+        return self._skeleton
+
+    @skeleton.setter
+    def skeleton(self, skeleton: Skeleton) -> None:
+        self._settled = None
+        self._columns = _Columns(skeleton, self._templates)
+        self._skeleton = skeleton
 
     @collector_paused()
     def plan(
@@ -139,44 +176,137 @@ class Structure:
             return None
         leaves = []
         for (path, node), template in zip(nodes.items(), self._templates, strict=True):
-            if _signature_of(node) != template.signature:
+            if signature_of(node) != template.signature:
                 return None
-            leaf = _leaf(path, node, template, previous)
+            needs_place = not (template.is_inline or isinstance(node, ContainerEntry))
+            leaf = _leaf(path, node, template, previous.at(path) if needs_place else None)
             if leaf is None:
                 return None
             leaves.append(leaf)
         return plan_of_leaves(leaves, small_nbytes)
 
     @collector_paused()
-    def pack(self, plan: TakePlan) -> tuple[bytes, ChunkTable]:
-        """The entries section and the chunk table of a finished plan of this structure, of rank 0."""
-        section, table = self._section, self._known_table(plan)
-        inline = [leaf.inline for leaf in plan.leaves if leaf.inline is not None]
-        data = None if section is None or table is None else section.filled(inline)
-        if data is not None and table is not None:
-            return data, table
-        entries, table = build_entries(plan, rank=0)
-        data = pack_entries(entries)
-        self._section = _section_of(plan, entries, data)
-        self._table = [ref for chunk in plan.chunks() if (ref := chunk.ref) is not None], table
-        return data, table
+    def plan_settled(
+        self, reading: Reading, take_id: str | None, known: Known, sizes: tuple[int, int]
+    ) -> TakePlan | None:
+        """The plan of a state that was read into the skeleton: leaves where nothing has changed are settled ones.
 
-    def _known_table(self, plan: TakePlan) -> ChunkTable | None:
-        """The table of these chunks: the last one where nothing has changed."""
-        refs = [ref for chunk in plan.chunks() if (ref := chunk.ref) is not None]
-        last = self._table
-        if last is None or len(refs) != len(last[0]):
+        Args:
+            reading: the state.
+            take_id: the snapshot that this process last took or restored.
+            known: what this take may reuse.
+            sizes: of chunks and of small chunks, as ``plan_take`` is given them.
+
+        Returns:
+            None where it must be planned in another way.
+        """
+        settled, columns = self._settled, self._columns
+        if settled is None or columns is None or reading.skeleton is not self._skeleton or sizes != self._sizes:
             return None
-        if all(map(operator.is_, refs, last[0])):
-            return last[1]
-        builder = ChunkTableBuilder()
-        builder.add(refs)
-        table = builder.build()
-        self._table = refs, table
-        return table
+        if take_id != settled.take_id or known.origin is not settled.origin or not known.may_reuse(settled.samples):
+            return None
+        if any(signature_of(node) != self._templates[number].signature for number, node in reading.others):
+            return None
+        leaves = list(settled.leaves)
+        if not _take_inline(reading, columns, leaves):
+            return None
+        changed = _take_hashed(reading, columns, leaves)
+        if changed is None:
+            return None
+        numbers = reading.skeleton.numbers
+        fresh = dict(reading.others)
+        fresh.update((numbers[column], reading.leaf(column)) for column in (*changed, *columns.others))
+        for number, node in fresh.items():
+            leaf = self._fresh(number, node, settled.leaves[number])
+            if leaf is None:
+                return None
+            leaves[number] = leaf
+        for column in changed:
+            # that it differs from what was there needs no other look
+            leaves[numbers[column]].chunks[0].changed_last_time = True
+        inline_nbytes = columns.inline_nbytes + sum(len(leaves[number].inline or b"") for number in fresh)
+        return self._plan_of(leaves, sorted(fresh), inline_nbytes)
+
+    def _fresh(self, number: int, node: Node, last: Leaf) -> Leaf | None:
+        """One leaf that is not settled, planned after its template."""
+        template = self._templates[number]
+        return _leaf(last.path, node, template, place_of(last) if template.pieces else None)
+
+    def _plan_of(self, leaves: list[Leaf], fresh: Sequence[int], inline_nbytes: int) -> TakePlan:
+        """The plan of these leaves; ``fresh`` are the numbers of those that are not settled, in their order."""
+        large: list[Chunk] = []
+        groups: list[list[Chunk]] = [[] for _ in range(self._num_groups)]
+        for number in fresh:
+            for chunk, group in zip(leaves[number].chunks, self._templates[number].groups, strict=True):
+                (large if group is None else groups[group]).append(chunk)
+        state_nbytes = self._chunked_nbytes + inline_nbytes
+        work = [group for group in groups if group]
+        return TakePlan(leaves, large, work, state_nbytes, self._chunked_nbytes, self._sizes[1])
+
+    @collector_paused()
+    def settle(self, plan: TakePlan, take_id: str, known: Known) -> list[Leaf] | None:
+        """Take in what a take of this structure has committed.
+
+        Args:
+            plan: the take's, all chunks stored.
+            take_id: the take's id.
+            known: what the take might reuse.
+
+        Returns:
+            The leaves, all settled; None where they aren't kept.
+        """
+        columns, last = self._columns, self._settled
+        if columns is None or known.origin is None:
+            return None
+        leaves = [
+            leaf if leaf.is_settled else leaf.settled(template.view)
+            for leaf, template in zip(plan.leaves, self._templates, strict=True)
+        ]
+        if last is not None and plan.is_settled:
+            samples = last.samples
+        else:
+            # of what is reused without a look at each
+            refs = [leaves[number].chunks[0].ref for number in columns.hashed_numbers]
+            samples = list({ref.key: ref for ref in refs if ref is not None}.values())
+        self._settled = _Settled(take_id, known.origin, leaves, samples)
+        return leaves
 
 
-def _leaf(path: str, node: Node, template: _Template, previous: Previous) -> Leaf | None:
+def _take_hashed(reading: Reading, columns: _Columns, leaves: list[Leaf]) -> list[int] | None:
+    """Compare the chunks of small tensors with the last take: the columns of those that differ.
+
+    Returns:
+        None where their memory cannot be read.
+    """
+    buffers = columns.hashed_buffers.over(reading.memory)
+    if buffers is None:
+        return None
+    changed = []
+    for column, number, digest in zip(columns.hashed, columns.hashed_numbers, map(digest_of, buffers), strict=True):
+        leaf = leaves[number]
+        chunk = leaf.chunks[0]
+        if digest != chunk.previous:
+            changed.append(column)
+        elif chunk.changed_last_time:
+            leaves[number] = leaf.settled(leaf.view)
+    return changed
+
+
+def _take_inline(reading: Reading, columns: _Columns, leaves: list[Leaf]) -> bool:
+    """Put the content of small tensors into the leaves, where it has changed."""
+    buffers = columns.inline_buffers.over(reading.memory)
+    if buffers is None:
+        return False
+    numbers = reading.skeleton.numbers
+    for column, data in zip(columns.inline, map(_RAW, buffers), strict=True):
+        number = numbers[column]
+        leaf = leaves[number]
+        if data != leaf.inline:
+            leaves[number] = Leaf(leaf.path, leaf.node, leaf.view, leaf.cell, [], data, is_settled=True)
+    return True
+
+
+def _leaf(path: str, node: Node, template: _Template, place: Place | None) -> Leaf | None:
     """One leaf, planned after its template; None where what was there before was cut otherwise."""
     if isinstance(node, ContainerEntry):
         return Leaf(path, node)
@@ -185,7 +315,6 @@ def _leaf(path: str, node: Node, template: _Template, previous: Previous) -> Lea
         if view is not None and isinstance(node, TensorLeaf):
             return Leaf(path, node, view, template.cell, [], _bytes_of(node.tensor, view))
         return None if isinstance(node, (TensorLeaf, ShardedLeaf)) else Leaf(path, node, inline=node.data)
-    place = previous.at(path)
     if place is None or len(place.digests) != len(template.pieces):
         return None
     if isinstance(node, (ValueLeaf, OpaqueLeaf)):
@@ -198,11 +327,11 @@ def _leaf(path: str, node: Node, template: _Template, previous: Previous) -> Lea
     return Leaf(path, node, bound, template.cell, chunks)
 
 
-def _bytes_of(tensor: torch.Tensor, view: HostView) -> bytes:
+def _bytes_of(tensor: Any, view: HostView) -> bytes:
     """The content of a small tensor that ``view`` was made for, or one like it."""
     if not view.nbytes:
         return b""
-    if view.is_plain:
+    if view.is_plain and isinstance(tensor, torch.Tensor):
         address = tensor.data_ptr()
         if address:
             return ctypes.string_at(address, view.nbytes)
@@ -211,40 +340,26 @@ def _bytes_of(tensor: torch.Tensor, view: HostView) -> bytes:
     return bytes(data)
 
 
-def _section_of(plan: TakePlan, entries: Mapping[str, Entry], data: bytes) -> _Section | None:
-    """Cut a section at its inline bytes; None where it isn't made of these entries in this order, and of no other."""
-    parts: list[bytes] = []
-    sizes: list[int] = []
-    records: list[bytes] = []
-    for leaf in plan.leaves:
-        entry = entries[f"0/{leaf.path}"]
-        if "/" not in leaf.path:
-            records.append(bounded.pack(leaf.path))
-        record = pack_record(entry, _no_number)
-        if leaf.inline is None:
-            records.append(record)
-            continue
-        assert not isinstance(entry, (ContainerEntry, ShardedTensorEntry))
-        behind = [WRAPPERS.index(entry.wrapper), entry.requires_grad] if isinstance(entry, TensorEntry) else [()]
-        end = len(record) - sum(len(bounded.pack(field)) for field in (*behind, entry.nbytes))
-        start = end - len(leaf.inline)
-        parts.append(b"".join([*records, record[:start]]))
-        sizes.append(len(leaf.inline))
-        records = [record[end:]]
-    parts.append(b"".join(records))
-    num_behind = sum(map(len, parts)) + sum(sizes)
-    parts[0] = data[: len(data) - num_behind] + parts[0]
-    section = _Section(parts, sizes)
-    # not taken on trust: what comes out must be what was packed and checked
-    same = section.filled([leaf.inline for leaf in plan.leaves if leaf.inline is not None]) == data
-    return section if same else None
-
-
-def _no_number(entry: ShardedTensorEntry) -> int:
-    raise AssertionError("a structure has no sharded tensors")
-
-
 _structures: dict[str, Structure] = {}
+
+
+def read(states: Mapping[str, Any], on_opaque: OnOpaque) -> Reading | None:
+    """Read a state into the skeleton of one that this process has taken; None where none of them fits.
+
+    Args:
+        states: what the objects' ``state_dict`` returned, by key.
+        on_opaque: told of each value that is pickled.
+    """
+    seen: list[Skeleton] = []
+    for known in reversed(list(_structures.values())):
+        skeleton = known.skeleton
+        if skeleton is None or any(skeleton is each for each in seen):
+            continue
+        reading = skeleton.read(states, on_opaque)
+        if reading is not None:
+            return reading
+        seen.append(skeleton)
+    return None
 
 
 def recall(store_id: str) -> Structure | None:
@@ -254,9 +369,9 @@ def recall(store_id: str) -> Structure | None:
 
 def remember(store_id: str, structure: Structure | None) -> None:
     """Keep the structure of a state for its next take."""
-    if structure is None:
-        _structures.pop(store_id, None)
-    else:
+    # the last one stands behind all others
+    _structures.pop(store_id, None)
+    if structure is not None:
         _structures[store_id] = structure
 
 

@@ -29,19 +29,19 @@ from torchsnapshot.format.entries import (
     pack_entries,
 )
 from torchsnapshot.reading.opening import Opened
-from torchsnapshot.state.app_state import PrepareTensor, read_state
-from torchsnapshot.state.flatten import Node
+from torchsnapshot.state.app_state import PrepareTensor
 from torchsnapshot.state.values import NotPlain, encode
 from torchsnapshot.stateful import Stateful
 from torchsnapshot.stats import Stats
 from torchsnapshot.store.backend import StorageOptions
-from torchsnapshot.store.envelope import ChunkTable, Head, pack_manifest, user_metadata_fits
+from torchsnapshot.store.envelope import Head, PackedSection, join_manifest, pack_body, user_metadata_fits
 from torchsnapshot.store.known import Known, known_for_take
 from torchsnapshot.store.leases import TakeSession, start_take
 from torchsnapshot.store.locate import place_for_take
 from torchsnapshot.store.repository import Repository
-from torchsnapshot.taking import history, structure
-from torchsnapshot.taking.plan import SMALL_CHUNK_NBYTES, TakePlan, build_entries, plan_take
+from torchsnapshot.taking import history
+from torchsnapshot.taking.plan import SMALL_CHUNK_NBYTES, TakePlan, build_entries
+from torchsnapshot.taking.planning import TakenState
 from torchsnapshot.taking.repack import lonely_chunks, move
 from torchsnapshot.taking.structure import Structure
 from torchsnapshot.taking.take_jobs import ChunkJob, GroupJob
@@ -100,11 +100,11 @@ def open_take(path: str, statefuls: Mapping[str, Stateful], options: TakeOptions
     """Read the state and open the store: all that can fail before anything is written."""
     stats = Stats()
     with stats.phase("state_dict"):
-        nodes = read_state(statefuls, options.prepare)
+        state = TakenState(statefuls, options.prepare)
     with stats.phase("open"):
         place = place_for_take(path, options.store, options.storage_options, durable=knobs.is_durable())
         repository = Repository.create_or_open(place.backend, chunk_nbytes=knobs.get_chunk_size_bytes())
-    return Take(repository, place.name, options, stats, nodes)
+    return Take(repository, place.name, options, stats, state)
 
 
 def chunk_writer(
@@ -142,12 +142,12 @@ class Take:
     """One take of one process, from the flattened state to the commit. A context: leaving it drops the lease."""
 
     def __init__(
-        self, repository: Repository, name: str, options: TakeOptions, stats: Stats, nodes: Mapping[str, Node]
+        self, repository: Repository, name: str, options: TakeOptions, stats: Stats, state: TakenState
     ) -> None:
         self.repository = repository
         self.name = name
         self.stats = stats
-        self._nodes = nodes
+        self._state: TakenState | None = state
         self._options = options
         self._session: TakeSession | None = None
         self._run: Run | None = None
@@ -173,7 +173,9 @@ class Take:
                 previous = history.Remembered.of_manifest(StoredManifest(known.newest, repository.read_table))
             chunk_nbytes = knobs.get_chunk_size_bytes(repository.chunk_nbytes)
             small_nbytes = 0 if knobs.is_batching_disabled() else min(SMALL_CHUNK_NBYTES, chunk_nbytes)
-            plan = self._plan(previous, chunk_nbytes, small_nbytes)
+            assert self._state is not None
+            plan, self._structure = self._state.plan(repository.store_id, previous, known, chunk_nbytes, small_nbytes)
+            self._state = None
             writer = chunk_writer(repository, session.take_id, 0, self._options.encoding, in_background=in_background)
         jobs: list[ChunkJob | GroupJob] = [GroupJob(group, known, writer) for group in plan.groups]
         jobs.extend(ChunkJob(chunk, known, writer) for chunk in plan.large)
@@ -181,17 +183,6 @@ class Take:
             run = self._run = submit_take(jobs, concurrency=repository.backend.concurrency, in_background=in_background)
             wait_staged(run) if in_background else run.wait()
         self._work = _Work(session, parent, previous, known, plan, writer, run)
-
-    def _plan(self, previous: history.Remembered, chunk_nbytes: int, small_nbytes: int) -> TakePlan:
-        """Cut the state into chunks; a state of the same structure as the last one with less work."""
-        known = structure.recall(self.repository.store_id)
-        plan = None if known is None else known.plan(self._nodes, previous, chunk_nbytes, small_nbytes)
-        if plan is None:
-            plan = plan_take(self._nodes, previous, chunk_nbytes, small_nbytes)
-            known = Structure.of(plan, chunk_nbytes, small_nbytes)
-            structure.remember(self.repository.store_id, known)
-        self._structure = known
-        return plan
 
     def commit(self) -> Opened:
         """Wait until every blob is durable, put the manifest, commit.
@@ -216,7 +207,12 @@ class Take:
             ref = work.session.commit(data)
         take_id = work.session.take_id
         work.known.learn(work.writer.refs, take_id)
-        history.remember(self.repository.store_id, history.Remembered.of_plan(take_id, work.plan))
+        leaves = None if self._structure is None else self._structure.settle(work.plan, take_id, work.known)
+        if leaves is None:
+            remembered = history.Remembered.of_plan(take_id, work.plan)
+        else:
+            remembered = history.Remembered.of_settled(take_id, leaves)
+        history.remember(self.repository.store_id, remembered)
         warm_up(work.run)
         manifest = StoredManifest(data, self.repository.read_table)
         return Opened(self.repository, self.name, ref, manifest)
@@ -228,7 +224,7 @@ class Take:
         stats.num_chunks = sum(len(leaf.chunks) for leaf in work.plan.leaves)
         stats.num_new_chunks = len(new)
         stats.new_nbytes = sum(ref.nbytes for ref in new)
-        stats.hashed_nbytes = sum(chunk.nbytes for chunk in work.plan.chunks())
+        stats.hashed_nbytes = work.plan.chunked_nbytes
         stats.reused_nbytes = stats.hashed_nbytes - stats.new_nbytes
         stats.stored_nbytes, stats.num_blobs = work.writer.stored_nbytes, work.writer.num_blobs
         user_metadata = dict(self._options.user_metadata or {})
@@ -237,7 +233,6 @@ class Take:
             data = encode(user_metadata)
             extra[f"0/{USER_METADATA}"] = ValueEntry(data, None, len(data))
             user_metadata = {}
-        entries, table = self._entries(work.plan, extra)
         head = Head(
             take_id=work.session.take_id,
             store_id=self.repository.store_id,
@@ -254,16 +249,16 @@ class Take:
             library=__version__,
             user_metadata=user_metadata,
         )
-        data = pack_manifest(head, (table,), entries)
+        data = join_manifest(head, self._body(work.plan, extra))
         stats.manifest_nbytes = len(data)
         return data
 
-    def _entries(self, plan: TakePlan, extra: Mapping[str, Entry]) -> tuple[bytes, ChunkTable]:
-        """The entries section and the chunk table."""
+    def _body(self, plan: TakePlan, extra: Mapping[str, Entry]) -> Sequence[PackedSection]:
+        """The chunk table and the entries section."""
         if self._structure is not None and not extra:
-            return self._structure.pack(plan)
+            return self._structure.pack_body(plan)
         entries, table = build_entries(plan, rank=0)
-        return pack_entries({**entries, **extra}), table
+        return pack_body((table,), pack_entries({**entries, **extra}))
 
     def close(self) -> None:
         """Stop what still runs and drop the lease. May be called at any point, more than once."""
@@ -277,7 +272,7 @@ class Take:
             session.close()
         # staged bytes and tensors must not live as long as a handle that the caller keeps
         self._run = self._work = None
-        self._nodes = {}
+        self._state = None
 
     def __enter__(self) -> Take:
         return self
