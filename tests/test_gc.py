@@ -28,7 +28,7 @@ from torchsnapshot.errors import CollectorStoppedError, KeyAbsentError, StoreErr
 from torchsnapshot.store.backend import Folder
 from torchsnapshot.store.envelope import ChunkTableBuilder, Form, ManifestFile, TableReference, pack_manifest
 from torchsnapshot.store.gc import collect, plan_gc
-from torchsnapshot.store.keys import new_id
+from torchsnapshot.store.keys import OK_SUFFIX, new_id
 from torchsnapshot.store.leases import reading, start_take
 from torchsnapshot.store.liveness import is_marked_dead
 from torchsnapshot.store.local import LocalBackend
@@ -40,6 +40,7 @@ from torchsnapshot.store.records import (
     PENDING_FOLDER,
     REMOVED_FOLDER,
     SWEEPS_FOLDER,
+    Lease,
     PendingSet,
     Sweep,
 )
@@ -146,6 +147,26 @@ def test_a_manifest_without_its_ok_is_a_root_and_is_reported(repository: Reposit
     report = collect(repository, clock=time)
     assert report.uncommitted == (ref.object,)
     assert keys_of(repository, ref) <= blobs_of(repository.backend)
+
+
+def test_an_older_generation_that_nobody_removed_is_reported(repository: Repository, time: Time) -> None:
+    """A take that was killed between its ``.ok`` and its tidying leaves one; it keeps its blobs, and gc says so."""
+    old = take(repository, "again", b"old", time=time)
+    data = repository.read_manifest(old)
+    new = take(repository, "again", b"new", time=time)
+    repository.backend.put(old.object, data)
+    repository.backend.put(old.object + OK_SUFFIX, b"")
+    lease = f"{LEASES_FOLDER}/{new.manifest.take_id}"
+    repository.backend.put(lease, Lease("take", current_process(), "again").pack())
+    assert plan_gc(repository, clock=time).superseded == ()  # while the newer take lives, it still may
+    repository.backend.delete([lease])
+    report = collect(repository, clock=time)
+    assert report.superseded == (old.object,)
+    kept = keys_of(repository, old)
+    assert kept <= blobs_of(repository.backend)
+    take(repository, "again", b"newer", time=time)
+    assert collect(repository, clock=time).superseded == ()
+    assert not kept & blobs_of(repository.backend)
 
 
 def test_a_failed_take_leaves_debris_for_gc(repository: Repository, time: Time) -> None:

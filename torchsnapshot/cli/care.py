@@ -107,6 +107,10 @@ def _print_report(report: GCReport) -> None:
     print(f"{free} {plural(report.freed_blobs, 'blob')}, {readable_nbytes(report.freed_nbytes)}")
     for name in report.uncommitted:
         print(printable(f"kept for a take that was never committed; delete it if nobody needs it: {name}"))
+    for name in report.superseded:
+        print(printable(f"kept for an older generation of a snapshot; taking that path again removes it: {name}"))
+    for name in report.upstream:
+        print(printable(f"left alone, a snapshot of the old torchsnapshot: {name or '.'}"))
     for name in report.foreign:
         print(printable(f"left alone, not ours: {name}"))
     for lease in report.called_dead:

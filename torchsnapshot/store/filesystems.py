@@ -65,6 +65,7 @@ def open_files(url: str, options: StorageOptions, *, num_connections: int) -> Re
     if protocol in S3_PROTOCOLS:
         config = dict(options.get("config_kwargs") or {})
         config.setdefault("max_pool_connections", num_connections)
+        config.setdefault("connect_timeout", 10)
         config.setdefault("read_timeout", 60)
         config.setdefault("retries", {"total_max_attempts": 1, "mode": "standard"})  # RemoteBackend retries
         options["config_kwargs"] = config
@@ -114,8 +115,9 @@ def _instantiate(url: str, protocol: str, options: StorageOptions) -> tuple[Any,
                 filesystem._request = types.MethodType(request, filesystem)  # without gcsfs's own retries
             # here, and not by two first requests at once: one of their two sessions would never be closed
             fsspec.asyn.sync(filesystem.loop, filesystem._set_session)
-    except (TypeError, KeyError) as error:
-        names = ", ".join(sorted(map(str, options.keys() - {"skip_instance_cache"}))) or "none"
+    except (TypeError, KeyError, ValueError) as error:
+        # config_kwargs is there on S3, whoever gave it
+        names = ", ".join(sorted(map(str, options.keys() - {"skip_instance_cache", "config_kwargs"}))) or "none"
         raise ValueError(
             f"{without_password(url)}: the filesystem refuses the storage_options ({names} were given): "
             f"{type(error).__name__}: {error}"

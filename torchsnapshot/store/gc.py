@@ -17,7 +17,7 @@ from torchsnapshot.errors import CollectorStoppedError, KeyAbsentError, NewerFor
 from torchsnapshot.progress import NO_PROGRESS, Progress
 from torchsnapshot.store import housekeeping
 from torchsnapshot.store.clock import SYSTEM_CLOCK, Clock
-from torchsnapshot.store.gcplan import GCPlan, GCReport, missing_folders
+from torchsnapshot.store.gcplan import GCPlan, GCReport, missing_folders, superseded
 from torchsnapshot.store.keys import new_id
 from torchsnapshot.store.liveness import (
     HeldLease,
@@ -96,8 +96,7 @@ def collect(
         StoreError: the store could not be read or written.
         ValueError: ``wait`` is no number of seconds.
     """
-    # whoever is not checked by mypy may pass anything, and a NaN would be waited for without end
-    seconds: object = wait
+    seconds: object = wait  # whoever is not checked by mypy may pass anything, and a NaN would never be over
     if not isinstance(seconds, (int, float)) or not seconds >= 0:
         raise ValueError(f"wait must be a number of seconds, 0 or more, not {seconds!r}")
     collector = _Collector(repository, wait, force, progress, clock, mount)
@@ -117,6 +116,7 @@ def _report(plan: GCPlan, freed_blobs: int, freed_nbytes: int, *, dry_run: bool)
         freed_nbytes=freed_nbytes,
         snapshots=plan.num_snapshots,
         uncommitted=plan.uncommitted,
+        superseded=plan.superseded,
         foreign=plan.foreign,
         upstream=plan.upstream,
     )
@@ -183,6 +183,7 @@ class _Collector:
             uncommitted=tuple(
                 ref.object for ref in walk.roots if not ref.committed and ref.manifest.take_id not in leases
             ),
+            superseded=tuple(superseded(walk.refs, leases)),
             foreign=(*foreign, *walk.foreign),
             upstream=walk.upstream,
         )

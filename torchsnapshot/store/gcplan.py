@@ -5,10 +5,11 @@ What lives here: the plan, the report, and the rule of the missing folders. What
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from torchsnapshot.store.records import Root
+from torchsnapshot.store.walk import ManifestRef
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,8 +18,9 @@ class GCPlan:
 
     ``condemned`` maps each key to its size in bytes. ``roots`` are the (snapshot name, take id) of every manifest.
     ``uncommitted`` are manifests without ``.ok`` whose take has no lease: they keep their blobs until somebody removes
-    them. ``foreign`` are files that are none of ours; they are left alone. ``upstream`` are snapshots of the old
-    torchsnapshot.
+    them. ``superseded`` are committed manifests of a path that was taken again by a take that ended before it could
+    remove them: they too keep their blobs. ``foreign`` are files that are none of ours; they are left alone.
+    ``upstream`` are snapshots of the old torchsnapshot.
     """
 
     condemned: dict[str, int]
@@ -27,6 +29,7 @@ class GCPlan:
     roots: frozenset[Root]
     num_snapshots: int
     uncommitted: tuple[str, ...]
+    superseded: tuple[str, ...]
     foreign: tuple[str, ...]
     upstream: tuple[str, ...]
 
@@ -46,12 +49,31 @@ class GCReport:
     freed_nbytes: int
     snapshots: int
     uncommitted: tuple[str, ...] = ()
+    superseded: tuple[str, ...] = ()
     foreign: tuple[str, ...] = ()
     upstream: tuple[str, ...] = ()
     waited_for: tuple[str, ...] = ()
     called_dead: tuple[str, ...] = ()
     temporary_files: int = 0
     failed: dict[str, str] = field(default_factory=dict)
+
+
+def superseded(refs: Iterable[ManifestRef], leases: Collection[str]) -> list[str]:
+    """Committed manifests that a reader would never open, as their path has a newer one.
+
+    A take removes these itself once it is committed; while it has its lease, it still may.
+
+    Args:
+        refs: the manifests of all snapshots.
+        leases: ids of takes that are alive.
+    """
+    committed = [ref for ref in refs if ref.committed]
+    newest: dict[str, ManifestRef] = {}
+    for ref in committed:
+        if ref.name not in newest or newest[ref.name].manifest < ref.manifest:
+            newest[ref.name] = ref
+    old = (ref for ref in committed if ref.manifest != newest[ref.name].manifest)
+    return sorted(ref.object for ref in old if newest[ref.name].manifest.take_id not in leases)
 
 
 def missing_folders(

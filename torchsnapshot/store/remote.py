@@ -13,6 +13,7 @@ Invariants:
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import time
@@ -30,7 +31,12 @@ from torchsnapshot.store.remote_files import Page, RemoteFiles
 
 T = TypeVar("T")
 
+logger = logging.getLogger(__name__)
+
 _CONCURRENCY = 32
+_LONG_SECONDS = 5.0
+"""A failed attempt that took longer than this is told of: it is a service that does not answer."""
+
 _SEQUENTIAL_DELETES = 4
 
 
@@ -247,6 +253,7 @@ class RemoteBackend(Backend):
     def _call(self, action: str, key: str, request: Callable[[], T], *, writing: bool) -> T:
         attempt = 0
         while True:
+            started = time.monotonic()
             try:
                 return request()
             except StoreError:
@@ -254,8 +261,21 @@ class RemoteBackend(Backend):
             except Exception as error:
                 if attempt + 1 >= self._retry.attempts or not is_transient(error):
                     raise translate(error, self.url, action, key, writing=writing) from error
-            self._retry.wait(attempt)
+                problem = error
             attempt += 1
+            # whoever waits for minutes wants to know for what; a passing hiccup is nobody's business
+            level = logging.WARNING if time.monotonic() - started > _LONG_SECONDS else logging.DEBUG
+            logger.log(
+                level,
+                "%s: %s %r failed, attempt %d of %d: %s",
+                self.url,
+                action,
+                key,
+                attempt,
+                self._retry.attempts,
+                without_password(f"{type(problem).__name__}: {problem}"),
+            )
+            self._retry.wait(attempt - 1)
 
     def _call_for(self, action: str, key: str, request: Callable[[], T]) -> T:
         """A reading request for one object: an absent one may also mean that the bucket is."""
