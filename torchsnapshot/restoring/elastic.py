@@ -31,6 +31,7 @@ from torchsnapshot.format.entries import (
 from torchsnapshot.restoring.stages import (
     Keeps,
     Reader,
+    is_empty,
     merged,
     not_matched,
     numbered_paths,
@@ -189,11 +190,19 @@ def private_leaves(
                 continue
             if len(group) < stored_size and _is_held_alike(manifest, each, group):
                 continue
+            if is_empty(entry) and _are_containers(manifest, each, group):
+                continue
             found.setdefault(each, []).append(rank)
     refined: dict[str, list[int]] = {}
     for each, ranks in found.items():
         refined.update(dict.fromkeys(_differing(manifest, each, group), ranks))
     return refined
+
+
+def _are_containers(manifest: StoredManifest, path: str, ranks: Collection[int]) -> bool:
+    """Whether these ranks have nothing at a place but a dict, whose leaves stand for themselves, or an empty one."""
+    entries = (manifest.entries_of(rank).get(path) for rank in ranks)
+    return all(entry is None or isinstance(entry, ContainerEntry) or is_empty(entry) for entry in entries)
 
 
 def _differing(manifest: StoredManifest, path: str, ranks: Collection[int]) -> list[str]:

@@ -194,9 +194,19 @@ def merged(trees: Sequence[Mapping[str, Entry]], path: str, keeps: Keeps) -> dic
     return dict(_merged(path, [tree for tree in kept if path in tree]))
 
 
+def is_empty(entry: Entry | None) -> bool:
+    """Whether it's a dict without a key. Where a rank has none of a dict's tensors, the dict is stored as a value."""
+    return isinstance(entry, ValueEntry) and entry.data == _EMPTY
+
+
+_EMPTY = encode({})
+
+
 def _merged(path: str, trees: Sequence[Mapping[str, Entry]]) -> Iterator[tuple[str, Entry]]:
     if not trees:
         return
+    if is_empty(trees[0][path]):
+        trees = [tree for tree in trees if isinstance(tree[path], ContainerEntry)] or trees
     first = trees[0][path]
     if not isinstance(first, ContainerEntry):
         yield path, _united([tree[path] for tree in trees])
