@@ -1,8 +1,10 @@
 """Runs functions of a test module in several real processes, started as torchrun starts them.
 
 ``launch(4, f, g)`` starts 4 processes, forms a gloo group, runs ``f()`` and then ``g()`` in each, and returns what
-each of them returned or raised. Starting costs seconds (each process imports torch), so one launch runs several
-scenarios. The functions must stand at the top of an importable module (``tests`` is on the path).
+each of them returned or raised. The functions must stand at the top of an importable module (``tests`` is on the path).
+
+Where it's sound, the processes are forked from one that has imported torch (``warm``): the import costs seconds of CPU
+for each. With ``fresh=True`` they are new interpreters.
 """
 
 from __future__ import annotations
@@ -17,11 +19,15 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from warm import IS_SOUND, WarmProcess
 
 TIMEOUT_SECONDS = 240.0
 """After so long every process prints its stacks and ends: a hang, not a slow machine."""
@@ -78,6 +84,7 @@ def launch(
     agent_store: bool = True,
     environment: Mapping[str, str] | None = None,
     timeout: float = TIMEOUT_SECONDS,
+    fresh: bool = False,
 ) -> list[Outcome]:
     """Run functions in ``num_ranks`` processes; returns when all have ended.
 
@@ -89,25 +96,67 @@ def launch(
         agent_store: the store is in this process, as it is in torchrun's agent; else rank 0 holds it.
         environment: more variables.
         timeout: seconds after which every process prints its stacks and ends.
+        fresh: the processes are new interpreters, not forks of a warm one.
     """
-    with tempfile.TemporaryDirectory(prefix="launch-") as folder:
-        job = Path(folder) / "job"
-        named = [(function.__module__.rpartition(".")[2], function.__qualname__) for function in functions]
-        job.write_bytes(pickle.dumps((named, list(args), backend, timeout)))
-        store, port = _agent_store() if agent_store else (None, _free_port())
-        processes = [_start(rank, num_ranks, port, agent_store, job, environment) for rank in range(num_ranks)]
+    options = Options(backend, agent_store, environment, timeout, fresh)
+    with started(num_ranks, functions, args, options) as ranks:
         try:
             deadline = time.monotonic() + timeout + GRACE_SECONDS
-            for process in processes:
+            for process in ranks.processes:
                 process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             pass  # told by the exit code and the output of those that are killed now
+        return ranks.outcomes()
+
+
+@dataclass(frozen=True)
+class Options:
+    """How processes are started: see ``launch``."""
+
+    backend: str | None = "gloo"
+    agent_store: bool = True
+    environment: Mapping[str, str] | None = None
+    timeout: float = TIMEOUT_SECONDS
+    fresh: bool = False
+
+
+@dataclass
+class Ranks:
+    """The processes of a launch."""
+
+    job: Path
+    processes: list[subprocess.Popen[bytes] | WarmProcess] = field(default_factory=list)
+
+    def outcomes(self) -> list[Outcome]:
+        """What became of them; those that have not ended are killed."""
+        self.kill()
+        return [_outcome(rank, process.wait(), self.job) for rank, process in enumerate(self.processes)]
+
+    def kill(self) -> None:
+        """End those that have not ended."""
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.wait()
+
+
+@contextmanager
+def started(
+    num_ranks: int, functions: Sequence[Callable[..., Any]], args: Sequence[Any], options: Options
+) -> Iterator[Ranks]:
+    """Start processes that run the functions; whichever has not ended when the context does is killed."""
+    with tempfile.TemporaryDirectory(prefix="launch-") as folder:
+        ranks = Ranks(Path(folder) / "job")
+        named = [(function.__module__.rpartition(".")[2], function.__qualname__) for function in functions]
+        ranks.job.write_bytes(pickle.dumps((named, list(args), options.backend, options.timeout)))
+        # while it's referred to, the store serves
+        _store, port = _agent_store() if options.agent_store else (None, _free_port())
+        try:
+            for rank in range(num_ranks):
+                ranks.processes.append(_start(rank, num_ranks, port, ranks.job, options))
+            yield ranks
         finally:
-            for process in processes:
-                process.kill()
-                process.wait()
-        del store
-        return [_outcome(rank, process.returncode, job) for rank, process in enumerate(processes)]
+            ranks.kill()
 
 
 def succeed(outcomes: Sequence[Outcome]) -> list[Outcome]:
@@ -115,6 +164,15 @@ def succeed(outcomes: Sequence[Outcome]) -> list[Outcome]:
     for outcome in outcomes:
         assert outcome.exit_code == 0, f"rank {outcome.rank} ended with {outcome.exit_code}:\n{outcome.output}"
     return list(outcomes)
+
+
+T = TypeVar("T")
+
+
+def side_by_side(*calls: Callable[[], T]) -> list[T]:
+    """What each of the calls returns, all at the same time: launches that mostly wait for silence wait together."""
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return [each.result() for each in [pool.submit(call) for call in calls]]
 
 
 def _agent_store() -> tuple[object, int]:
@@ -131,9 +189,7 @@ def _free_port() -> int:
         return port
 
 
-def _start(
-    rank: int, num_ranks: int, port: int, agent_store: bool, job: Path, environment: Mapping[str, str] | None
-) -> subprocess.Popen[bytes]:
+def _start(rank: int, num_ranks: int, port: int, job: Path, options: Options) -> subprocess.Popen[bytes] | WarmProcess:
     variables = {
         **os.environ,
         "RANK": str(rank),
@@ -144,22 +200,20 @@ def _start(
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(_TESTS), str(_TESTS.parent), os.environ.get("PYTHONPATH", "")]),
-        **(environment or {}),
     }
-    if agent_store:
+    if options.agent_store:
         variables |= {
             "TORCHELASTIC_USE_AGENT_STORE": "True",
             "TORCHELASTIC_RUN_ID": "launch",
             "TORCHELASTIC_RESTART_COUNT": "0",
-            **(environment or {}),
         }
-    with open(f"{job}.output.{rank}", "wb") as output:
+    variables |= options.environment or {}
+    arguments, output = [__file__, str(job), str(rank)], Path(f"{job}.output.{rank}")
+    if IS_SOUND and not options.fresh:
+        return WarmProcess(arguments, variables, output)
+    with output.open("wb") as file:
         return subprocess.Popen(
-            [sys.executable, __file__, str(job), str(rank)],
-            env=variables,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
+            [sys.executable, *arguments], env=variables, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT
         )
 
 
@@ -184,22 +238,26 @@ def _work(job: Path, rank: int) -> None:
     if backend is not None:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     for position, function in enumerate(functions):
-        result: Any
-        try:
-            result = function(*args)
-        except Exception as error:
-            result = Raised(
-                type(error).__name__,
-                str(error),
-                traceback.format_exc(),
-                dict(getattr(error, "failures", {})),
-                "" if error.__cause__ is None else type(error.__cause__).__name__,
-            )
+        result = result_of(function, args)
         unfinished = Path(f"{job}.unfinished.{rank}")
         unfinished.write_bytes(pickle.dumps(result))
         unfinished.rename(f"{job}.result.{rank}.{position}")
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def result_of(function: Callable[..., Any], args: Sequence[Any]) -> Any:
+    """What a function returns, or a ``Raised``."""
+    try:
+        return function(*args)
+    except Exception as error:
+        return Raised(
+            type(error).__name__,
+            str(error),
+            traceback.format_exc(),
+            dict(getattr(error, "failures", {})),
+            "" if error.__cause__ is None else type(error.__cause__).__name__,
+        )
 
 
 if __name__ == "__main__":

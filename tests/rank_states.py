@@ -8,21 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-import random
 from collections.abc import Sequence
-from math import prod
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed._shard.sharded_tensor import Shard as TensorShard
-from torch.distributed._shard.sharded_tensor import ShardedTensor, init_from_local_shards
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 from torchsnapshot import RNGState, Snapshot, StateDict
-
-DTYPES = [torch.float32, torch.bfloat16, torch.int16, torch.float64]
 
 
 def here() -> tuple[int, int]:
@@ -49,122 +43,6 @@ def spread(full: torch.Tensor, mesh: DeviceMesh, placements: Sequence[Placement]
 def is_whole(tensor: DTensor, full: torch.Tensor) -> bool:
     """Whether this rank's part of a tensor is that of ``full``."""
     return same(tensor.to_local(), spread(full, tensor.device_mesh, tensor.placements).to_local())
-
-
-# ------------------------------------------------------------------ random tensors on random meshes
-
-
-class Case:
-    """One random tensor: its shape and dtype are those of its number, how it is spread is the launch's business."""
-
-    def __init__(self, number: int, seed: str) -> None:
-        shapes = random.Random(f"shape {number}")
-        self.name = f"t{number}"
-        self.shape = tuple(shapes.choice([0, 1, 2, 3, 5, 8, 9, 17, 33]) for _ in range(shapes.choice([1, 1, 2, 2, 3])))
-        if number == 0:
-            self.shape = (700, 300)
-        self.full = content(self.name, self.shape, shapes.choice(DTYPES))
-        self._lots = random.Random(f"{seed} {number}")
-
-    def make(self, *, zero: bool) -> Any:
-        """The tensor as this rank holds it: a ``DTensor``, a ``ShardedTensor``, or plain."""
-        full = torch.zeros_like(self.full) if zero else self.full.clone()
-        kind = self._lots.choice(["dtensor", "dtensor", "dtensor", "sharded", "plain"])
-        if kind == "plain":
-            return full
-        if kind == "sharded":
-            return self._sharded(full)
-        _, world_size = here()
-        shapes = [shape for shape in MESHES if prod(shape) == world_size]
-        shape = self._lots.choice(shapes)
-        ranks = list(range(world_size))
-        self._lots.shuffle(ranks)
-        mesh = DeviceMesh("cpu", torch.tensor(ranks).reshape(shape), mesh_dim_names=None, _init_backend=False)
-        placements: list[Placement] = []
-        for _ in shape:
-            dim = self._lots.choice([None, *range(len(self.shape))])
-            placements.append(Replicate() if dim is None else Shard(dim))
-        return spread(full, mesh, placements)
-
-    def _sharded(self, full: torch.Tensor) -> Any:
-        """Rows in pieces of random sizes, on random ranks, some of which have none."""
-        rank, world_size = here()
-        shards, start = [], 0
-        while start < self.shape[0]:
-            size = self._lots.randint(1, max(1, self.shape[0] - start))
-            owner = self._lots.randrange(world_size)
-            if owner == rank:
-                offsets = [start] + [0] * (len(self.shape) - 1)
-                shards.append(TensorShard.from_tensor_and_offsets(full[start : start + size].clone(), offsets, rank))
-            start += size
-        if not full.numel():
-            return full
-        return init_from_local_shards(shards, *self.shape)
-
-    def holds(self, value: Any) -> bool:
-        """Whether what this rank has of it is right."""
-        if isinstance(value, DTensor):
-            return is_whole(value, self.full)
-        if isinstance(value, ShardedTensor):
-            return all(
-                same(shard.tensor, self.full[shard.metadata.shard_offsets[0] :][: shard.metadata.shard_sizes[0]])
-                for shard in value.local_shards()
-            )
-        return same(value, self.full)
-
-
-MESHES = [(1,), (2,), (4,), (8,), (2, 2), (2, 4), (4, 2), (2, 2, 2), (1, 4), (4, 1)]
-NUM_CASES = 24
-
-
-def cases(seed: str) -> list[Case]:
-    """Random tensors; their names, shapes and contents are the same for every seed."""
-    return [Case(number, seed) for number in range(NUM_CASES)]
-
-
-def take_random(root: str) -> None:
-    """Take a snapshot of tensors that are spread at random."""
-    world_size = dist.get_world_size()
-    made = {case.name: case.make(zero=False) for case in cases(f"take {world_size}")}
-    Snapshot.take(f"{root}/random{world_size}", {"s": StateDict(made)})
-
-
-def restore_random(root: str) -> list[str]:
-    """Restore each such snapshot into tensors that are spread in another random way; what is wrong."""
-    wrong = []
-    for name in sorted(os.listdir(root)):
-        if not name.startswith("random"):
-            continue
-        for attempt in range(2):
-            every = cases(f"restore {name} {dist.get_world_size()} {attempt}")
-            state = StateDict({case.name: case.make(zero=True) for case in every})
-            snapshot = Snapshot(f"{root}/{name}")
-            snapshot.restore({"s": state})
-            wrong += [f"{name} {attempt} {case.name}" for case in every if not case.holds(state[case.name])]
-            # what this rank reads, it reads once
-            most = sum(case.full.numel() * case.full.element_size() for case in every)
-            assert snapshot.stats is not None
-            assert snapshot.stats.new_nbytes <= 2 * most
-    return wrong
-
-
-def read_random(root: str) -> list[str]:
-    """Read single tensors: whole, into a plain tensor, into a ``DTensor``; what is wrong."""
-    rank, world_size = here()
-    wrong = []
-    for name in sorted(os.listdir(root)):
-        if not name.startswith("random"):
-            continue
-        snapshot = Snapshot(f"{root}/{name}")
-        for case in cases(f"read {name} {world_size}")[:8]:
-            path = f"{rank}/s/{case.name}"
-            if not same(snapshot.read_object(path), case.full):
-                wrong.append(f"{name} {case.name} whole")
-            for target in (torch.zeros_like(case.full), case.make(zero=True)):
-                out = snapshot.read_object(path, obj_out=target)
-                if out is not target or not case.holds(out):
-                    wrong.append(f"{name} {case.name} into {type(target).__name__}")
-    return wrong
 
 
 # ------------------------------------------------------------------ replicas
@@ -364,10 +242,12 @@ def take_nets(root: str) -> list[str]:
     return wrong
 
 
-def restored_net(path: str, kind: str, dtype: torch.dtype, before: dict[str, Any]) -> list[str]:
-    """Restore into a fresh model, and optimizers that have not stepped, one of them with gradients; what is wrong."""
+def restored_net(
+    path: str, kind: str, dtype: torch.dtype, before: dict[str, Any], gradients: Sequence[bool] = (False, True)
+) -> list[str]:
+    """Restore into a fresh model, and an optimizer that has not stepped, with and without gradients; what is wrong."""
     wrong = []
-    for has_gradients in (False, True):
+    for has_gradients in gradients:
         model = sharded_net(kind, "other", dtype)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.5)
         if has_gradients:
@@ -393,9 +273,10 @@ def restore_nets(root: str) -> list[str]:
     wrong = []
     for name in sorted(os.listdir(root)):
         if name.startswith("net-"):
-            reference = values_of(reference_of(f"{root}/{name}"))
-            for kind in [*kinds_here(), "plain"]:
-                wrong += restored_net(f"{root}/{name}", kind, getattr(torch, name.rpartition("-")[2]), reference)
+            path, dtype = f"{root}/{name}", getattr(torch, name.rpartition("-")[2])
+            reference = values_of(reference_of(path))
+            for number, kind in enumerate([*kinds_here(), "plain"]):
+                wrong += restored_net(path, kind, dtype, reference, [number % 2 == 0])
     return wrong
 
 

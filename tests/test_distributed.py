@@ -776,7 +776,8 @@ def take_in_background() -> bytes:
 @pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_processes(world_size: int) -> None:
     """Rounds, an error, sub-groups and a background thread, each with real processes over gloo."""
-    outcomes = succeed(launch(world_size, takes, failing_take, takes_of_halves, take_in_background))
+    functions = (takes, failing_take, takes_of_halves, take_in_background)
+    outcomes = succeed(launch(world_size, *functions, fresh=world_size == 2))
     for outcome in outcomes:
         taken, stats = outcome.result(0)
         assert taken == expected_of_take(outcome.rank, world_size)
@@ -964,10 +965,27 @@ def one_raises() -> int:
     return int(os.environ["LOCAL_RANK"])
 
 
-def test_launch_collects() -> None:
+@pytest.mark.parametrize("fresh", [False, True])
+def test_launch_collects(fresh: bool) -> None:
     """Results, exceptions and output of every process come back; without a group nothing else is started."""
-    outcomes: list[Outcome] = succeed(launch(2, one_raises, backend=None))
+    outcomes: list[Outcome] = succeed(launch(2, one_raises, backend=None, fresh=fresh))
     assert outcomes[0].result() == 0
     assert outcomes[1].raised().type_name == "KeyError"
     with pytest.raises(AssertionError, match="sorry"):
         outcomes[1].result()
+
+
+def dies() -> None:
+    """Rank 0 prints and is killed, the other one leaves at once with a status of its own."""
+    print("printed", flush=True)
+    if os.environ["RANK"] == "0":
+        die()
+    os._exit(7)
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_launch_tells_how_processes_end(fresh: bool) -> None:
+    """A signal and a status are told as they are, with what was printed before."""
+    outcomes = launch(2, dies, backend=None, fresh=fresh)
+    assert [outcome.exit_code for outcome in outcomes] == [-signal.SIGKILL, 7]
+    assert [outcome.output for outcome in outcomes] == ["printed\n"] * 2

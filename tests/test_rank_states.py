@@ -15,38 +15,6 @@ from torchsnapshot.errors import MismatchError
 from torchsnapshot.tricks import ModelState
 
 
-def test_any_mesh_becomes_any_other(tmp_path: Path) -> None:
-    """Tensors spread at random over 4 and 2 ranks are restored by 4, 8 and 1, and by 2, in other random ways."""
-    root = str(tmp_path)
-    every = rank_states.cases("alone")
-    for world_size in (4, 2):
-        outcomes = succeed(
-            launch(
-                world_size,
-                rank_states.take_random,
-                rank_states.restore_random,
-                rank_states.read_random,
-                args=[root],
-            )
-        )
-        for outcome in outcomes:
-            outcome.result(0)
-            assert outcome.result(1) == []
-            assert outcome.result(2) == []
-    Snapshot.take(f"{root}/random1", {"s": StateDict({case.name: case.full for case in every})})
-    for outcome in succeed(launch(8, rank_states.restore_random, args=[root])):
-        assert outcome.result() == []
-    for name in ("random4", "random2"):
-        into: StateDict = StateDict({case.name: torch.zeros_like(case.full) for case in every})
-        empty: StateDict = StateDict()
-        Snapshot(f"{root}/{name}").restore({"s": into})
-        Snapshot(f"{root}/{name}").restore({"s": empty})
-        for case in every:
-            assert rank_states.same(into[case.name], case.full)
-            assert rank_states.same(empty[case.name], case.full)
-            assert rank_states.same(Snapshot(f"{root}/{name}").read_object(f"1/s/{case.name}"), case.full)
-
-
 def test_replicas_are_written_once(tmp_path: Path) -> None:
     """What ranks hold alike costs bytes once, declared or not; where declared replicas differ, that is an error."""
     root = str(tmp_path / "ranks")
@@ -98,14 +66,15 @@ def check_undeclared(outcomes: list[Outcome]) -> None:
 def test_sharded_models_resume_anywhere(tmp_path: Path) -> None:
     """Models and optimizers under FSDP2, HSDP and tensor parallelism come back bit by bit on any number of ranks."""
     root = str(tmp_path)
-    for outcome in succeed(launch(4, rank_states.take_nets, rank_states.wrapped_names, args=[root])):
+    functions = (rank_states.take_nets, rank_states.wrapped_names, rank_states.restore_nets)
+    for outcome in succeed(launch(4, *functions, args=[root])):
         assert outcome.result() == []
         assert "MismatchError" in outcome.result(1)
         assert "module." in outcome.result(1)
         assert "rename=" in outcome.result(1)
-    for world_size in (2, 4):
-        for outcome in succeed(launch(world_size, rank_states.restore_nets, args=[root])):
-            assert outcome.result() == []
+        assert outcome.result(2) == []
+    for outcome in succeed(launch(2, rank_states.restore_nets, args=[root])):
+        assert outcome.result() == []
 
 
 def test_pipelines_are_cut_anew(tmp_path: Path) -> None:
