@@ -168,7 +168,7 @@ class _Take:
             announcements.append(ownership.pack_contents((chunk.digest, chunk.nbytes) for chunk in plan.chunks()))
             told = [leaf for leaf in _leaves(plan) if agreement.may_have_other_holders(leaf)]
             sums.append(agreement.pack_sums(agreement.sum_of(leaf, declared=False) for leaf in told))
-        values = self._count([pack_exchange(one, other, None) for one, other in zip(announcements, sums, strict=True)])
+        values = self._count([pack_exchange(one, other) for one, other in zip(announcements, sums, strict=True)])
         with self._timed("exchange"):
             answers = self._decisions.exchange(values)
         asked = [unpack(answer)[0] for answer in answers]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -10,10 +12,12 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
+from torchsnapshot.coordination.messages import unpack
 from torchsnapshot.errors import FormatError
 from torchsnapshot.geometry.grid import Box, Piece
 from torchsnapshot.ranks.agreement import Answer, Duty, Holding, LeafSum, decide, pack_sums, unpack_sums
-from torchsnapshot.ranks.sharing import SAMPLE_TAKES, Crew, PassedOn, Shares, Sharing, divide, id_of
+from torchsnapshot.ranks.group_decisions import Decisions, pack_exchange
+from torchsnapshot.ranks.sharing import SAMPLE_TAKES, Crew, PassedOn, Shares, Sharing, divide, hand_out, id_of
 from torchsnapshot.state.flatten import ValueLeaf
 from torchsnapshot.store.envelope import ChunkRef
 from torchsnapshot.taking.plan import Chunk, Leaf
@@ -56,6 +60,23 @@ def test_stretches_are_even(nbytes: list[int], count: int) -> None:
     for number in range(count):
         load = sum(size for size, each in zip(nbytes, numbers, strict=True) if each == number)
         assert load <= sum(nbytes) / count + max(nbytes)
+
+
+@given(sizes, st.integers(1, 9))
+def test_shares_are_even(nbytes: list[int], count: int) -> None:
+    """No rank is given more than its part by more than one run and one chunk."""
+    numbers = hand_out(nbytes, count)
+    assert set(numbers) <= set(range(count))
+    for number in range(count):
+        load = sum(size for size, each in zip(nbytes, numbers, strict=True) if each == number)
+        assert load <= sum(nbytes) / count * 1.125 + max(nbytes)
+
+
+def test_work_in_one_corner_is_shared() -> None:
+    """What stands together is hashed by one rank only up to a few MiB: any 64 MiB are the work of all."""
+    numbers = hand_out([1 << 20] * 1000, 4)
+    assert all(set(numbers[start : start + 64]) == {0, 1, 2, 3} for start in range(0, 900, 50))
+    assert sum(one != other for one, other in itertools.pairwise(numbers)) < 1000 / 4
 
 
 @given(sizes, st.sets(st.integers(0, 20), min_size=2, max_size=5))
@@ -142,6 +163,16 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(FormatError, match="which there isn't"):
         PassedOn([strangers.told()])
     assert id_of((0, 1)) != id_of((0, 2))
+
+
+def test_ranks_that_remember_different_takes_do_not_share() -> None:
+    """Where a rank divides by another take than the others, or by none, everybody is asked to hash everything."""
+    told = Shares(sharing_of((0, 1)), leaves_of([100] * 4), 0, samples=False).told()
+    for after in ("take 2", None):
+        group = SimpleNamespace(global_ranks=(0, 1), world_size=2, rank=0)
+        decisions = Decisions(cast(Any, group), "", cast(Any, None), cast(Any, None))
+        messages = [pack_exchange(b"", b"", "take 1", told), pack_exchange(b"", b"", after, told)]
+        assert [unpack(answer)[0] for answer in decisions.exchange(messages)] == [["all"], ["all"]]
 
 
 # ------------------------------------------------------------------ sums

@@ -134,12 +134,12 @@ class Decisions:
     def exchange(self, values: list[bytes]) -> list[bytes]:
         """Say who writes what, and who reports what; or first who is to send a list that several ranks may have.
 
-        Where only some ranks have hashed for others, everybody is to hash everything.
+        Where only some ranks have hashed for others, or not all after the same take, everybody is to hash everything.
         """
         told = [unpack(value, 3) for value in values]
-        if len({shares for (*_, shares), _ in told}) > 1:
+        if len({after for (*_, after), _ in told}) > 1:
             return [pack(["all"])] * len(values)
-        self._told = [parts for _, (*_, parts) in told] if told[0][0][2] else []
+        self._told = [] if told[0][0][2] is None else [parts for _, (*_, parts) in told]
         self._contents.hear([digest for (digest, *_), _ in told], [contents for _, (contents, *_) in told])
         self._sums.hear([digest for (_, digest, _), _ in told], [sums for _, (_, sums, _) in told])
         asked = self._contents.missing(), self._sums.missing()
@@ -320,22 +320,23 @@ def _counts(answer: Answer) -> bytes:
     return array("I", answer.num_holders).tobytes()
 
 
-def pack_exchange(announcement: bytes, sums: bytes, told: bytes | None) -> bytes:
+def pack_exchange(announcement: bytes, sums: bytes, after: str | None = None, told: bytes = b"") -> bytes:
     """A rank's message for *exchange*: of a long list, which other ranks may have too, only its digest.
 
     Args:
         announcement: what is new to it.
         sums: of its leaves.
-        told: what it tells of chunks that it has hashed for others; None where it has hashed all for itself.
+        after: the take by which ranks have divided their hashing; None where this one has hashed all for itself.
+        told: what it tells of chunks that it has hashed for others.
     """
     contents, squeezed = squeeze(announcement), squeeze(sums)
-    limit = MAX_LIST_NBYTES if told is None else MAX_SHARED_LIST_NBYTES
+    limit = MAX_LIST_NBYTES if after is None else MAX_SHARED_LIST_NBYTES
     return pack(
-        [digest_of(memoryview(announcement)), digest_of(memoryview(sums)), told is not None],
+        [digest_of(memoryview(announcement)), digest_of(memoryview(sums)), after],
         [
             contents if len(contents) <= limit else b"",
             squeezed if len(squeezed) <= MAX_LIST_NBYTES else b"",
-            b"" if told is None else squeeze(told, announcement),
+            squeeze(told, announcement),
         ],
     )
 

@@ -191,7 +191,8 @@ class Exchange:
         new = list(dict.fromkeys((chunk.digest, chunk.nbytes) for chunk in mine if chunk.ref is None))
         announcement = ownership.pack_contents(new)
         with self._stats.phase("exchange"):
-            message = pack_exchange(announcement, sums, None if shares is None else shares.told())
+            divided = () if shares is None else (shares.take_id, shares.told())
+            message = pack_exchange(announcement, sums, *divided)
             answer = self._session.round("exchange", message, self._decisions.exchange)
             (step, *control), arrays = unpack(answer)
             if step == "all":

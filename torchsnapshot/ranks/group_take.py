@@ -97,6 +97,7 @@ class GroupTake:
         self._options = options
         self._session: Session | None = None
         self._decisions = Decisions(group, path, options, self.stats)
+        self._memories: Mapping[str, history.Remembered] = {}
         self._run: Run | None = None
         self._work: _Work | None = None
 
@@ -121,7 +122,7 @@ class GroupTake:
             with self.stats.phase("state_dict"):
                 nodes = read_state(self._statefuls, self._options.prepare)
             with self.stats.phase("index"):
-                parent = history.recall(agreed.repository.store_id)
+                parent = self._memories.get(agreed.repository.store_id, history.Remembered())
                 known = known_for_take(agreed.repository, agreed.evidence, parent.take_id)
             with self.stats.phase("plan"):
                 chunk_nbytes = knobs.get_chunk_size_bytes(agreed.repository.chunk_nbytes)
@@ -156,7 +157,10 @@ class GroupTake:
         options = self._options
         with self.stats.phase("agree"):
             globs = declared_globs(options.replicated, self._statefuls)
-            mine = pack([self._path, globs, history.take_ids(), self._skips, options.verify_replicas])
+            # an overlapping take may be remembered while this one goes on: what counts is what was told
+            self._memories = {store_id: history.recall(store_id) for store_id in history.take_ids()}
+            take_ids = {store_id: each.take_id for store_id, each in self._memories.items()}
+            mine = pack([self._path, globs, take_ids, self._skips, options.verify_replicas])
             answer, _ = unpack(session.round("agree", mine, self._decisions.agree))
         if answer is None:
             return None
@@ -297,6 +301,7 @@ class GroupTake:
                 lease.requests.unanswered = True
             lease.close()
         self._run = self._work = None
+        self._memories = {}
 
     def __enter__(self) -> GroupTake:
         return self

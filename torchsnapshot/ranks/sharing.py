@@ -6,9 +6,10 @@ every rank tells for itself (``agreement``), what is written by whom (``ownershi
 (``group_exchange``).
 
 A *crew* is the ranks that are said to hold the same: all of them for a leaf that was declared replicated, the holders
-of a region for a part of a sharded tensor. Leaves of one crew are divided chunk by chunk, in the order of their paths:
-each member hashes one stretch of about equal bytes. Beside that it hashes a sample of what the others hash, another one
-in each take, so that after ``SAMPLE_TAKES`` takes in a row every chunk was compared on every rank.
+of a region for a part of a sharded tensor. Leaves of one crew are divided in the order of their paths, in runs of a few
+chunks that stand together: small ones become one pack, and yet what changes in one corner of the state is the work of
+all. Each member hashes about equal bytes, and beside that a sample of what the others hash, another one in each take,
+so that after ``SAMPLE_TAKES`` takes in a row every chunk was compared on every rank.
 
 Invariants: what is divided was found equal on all members, in full, by an earlier take of this process and group, and
 has the same paths, shapes, dtypes and cells as then; every member knows that of itself, and that all others do is said
@@ -18,6 +19,7 @@ the rank that hashed it, or from this rank's memory of what that rank told in th
 
 from __future__ import annotations
 
+import heapq
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +38,9 @@ from torchsnapshot.taking.plan import Chunk, Leaf
 
 SAMPLE_TAKES = 16
 """In so many takes in a row every chunk is compared on every rank; each compares this part of what others hash."""
+
+RUN_NBYTES = 4 << 20
+"""So many bytes that stand together are hashed by one rank, or an eighth of a rank's share where that is less."""
 
 _AS_BEFORE, _KNOWN, _NEW = 0, 1, 2
 """What a part says of a chunk: stored where all remember it, stored elsewhere, or still to be put."""
@@ -125,6 +130,21 @@ def crews_of(leaves: Iterable[Leaf], found: Mapping[str, Members], holders: Mapp
     return tuple(Crew(members, tuple(sorted(each))) for members, each in sorted(paths.items()))
 
 
+def hand_out(sizes: Sequence[int], count: int) -> list[int]:
+    """Give the chunks of a row to so many ranks, in runs, balanced by bytes; for each chunk the number of its rank."""
+    run_nbytes = min(RUN_NBYTES, sum(sizes) // (8 * count))
+    others = [(0, number) for number in range(1, count)]
+    load, number, run, numbers = 0, 0, 0, []
+    for nbytes in sizes:
+        if run > run_nbytes:
+            load, number = heapq.heappushpop(others, (load, number))
+            run = 0
+        numbers.append(number)
+        load += nbytes
+        run += nbytes
+    return numbers
+
+
 def divide(sizes: Sequence[int], count: int) -> list[int]:
     """Cut a row of chunks into stretches of about equal bytes; for each chunk the number of its stretch."""
     total, passed, numbers = sum(sizes), 0, []
@@ -140,7 +160,7 @@ def divide(sizes: Sequence[int], count: int) -> list[int]:
 
 @dataclass(slots=True, eq=False)
 class _Share:
-    """One crew in one take: its chunks in order, and the rank that hashes each."""
+    """One crew in one take: its chunks in order, and the rank that hashes each of them."""
 
     crew: Crew
     chunks: list[Chunk]
@@ -149,7 +169,7 @@ class _Share:
     @classmethod
     def of(cls, crew: Crew, leaves: Mapping[str, Leaf]) -> _Share:
         chunks = [chunk for path in crew.paths for chunk in leaves[path].chunks]
-        numbers = divide([chunk.nbytes for chunk in chunks], len(crew.members))
+        numbers = hand_out([chunk.nbytes for chunk in chunks], len(crew.members))
         return cls(crew, chunks, [crew.members[number] for number in numbers])
 
     def by(self, rank: int) -> list[int]:
@@ -204,6 +224,11 @@ class Shares:
             for path in crew.paths:
                 found[path] = part if isinstance(self._leaves[path].node, ShardedLeaf) else Duty.REPLICATED
         return found
+
+    @property
+    def take_id(self) -> str:
+        """The take after which this is divided: where it is the same for all ranks, they remember the same."""
+        return self._sharing.take_id
 
     def told(self) -> bytes:
         """What this rank tells of the chunks that it has hashed: nothing where all is as it was."""
