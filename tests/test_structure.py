@@ -22,14 +22,20 @@ from state_strategies import states, stepped
 from torchsnapshot import Snapshot, StateDict, knobs
 from torchsnapshot.chunks.reader import digest_of
 from torchsnapshot.format.entries import pack_entries
+from torchsnapshot.state.app_state import check_app_state
 from torchsnapshot.state.flatten import flatten
 from torchsnapshot.state.skeleton import Skeleton
 from torchsnapshot.store.envelope import ChunkRef
+from torchsnapshot.store.keys import new_id
 from torchsnapshot.store.leases import TakeSession
+from torchsnapshot.store.local import LocalBackend
+from torchsnapshot.store.processes import current_process
+from torchsnapshot.store.records import PENDING_FOLDER, PendingSet
 from torchsnapshot.taking import structure
 from torchsnapshot.taking.history import Remembered, place_of
 from torchsnapshot.taking.plan import Leaf, TakePlan, build_entries, plan_take
 from torchsnapshot.taking.structure import Structure
+from torchsnapshot.taking.take import Take, TakeOptions, open_take
 
 CHUNK_NBYTES = 4096
 SMALL_NBYTES = 1024
@@ -375,6 +381,31 @@ def test_a_take_that_fails_settles_nothing(tmp_path: Path, monkeypatch: pytest.M
             blob.unlink()
     Snapshot.take(str(tmp_path / "step_2"), {"s": state})
     assert_restores(tmp_path / "step_2", state)
+
+
+def test_what_overlapping_takes_settle_is_looked_at_before_it_is_reused(tmp_path: Path) -> None:
+    """A take in which nothing had changed, and which ends after a later one, does not pass that one's blobs for its."""
+    state, other = small_state(), small_state()
+    # what is large is looked at by itself, so that there is always something to do about it
+    del state["large"], other["large"]
+    for step in range(2):
+        Snapshot.take(str(tmp_path / f"step_{step}"), {"s": state})
+    with begun(tmp_path / "first", state) as first, begun(tmp_path / "second", other) as second:
+        second.commit()
+        first.commit()
+    condemned = keys_of(tmp_path / "first")
+    pending = PendingSet(current_process(), frozenset(condemned))
+    LocalBackend(str(tmp_path)).put(f"{PENDING_FOLDER}/{new_id()}", pending.pack())
+    Snapshot.take(str(tmp_path / "third"), {"s": state})
+    assert keys_of(tmp_path / "third").isdisjoint(condemned)
+    assert_restores(tmp_path / "third", state)
+
+
+def begun(path: Path, state: StateDict) -> Take:
+    """A take that has stored everything and not yet committed."""
+    take = open_take(str(path), check_app_state({"s": state}), TakeOptions())
+    take.begin(in_background=False)
+    return take
 
 
 def test_small_chunks_that_stand_still_move_out_of_dying_packs(tmp_path: Path) -> None:

@@ -262,7 +262,8 @@ class Structure:
             leaf if leaf.is_settled else leaf.settled(template.view)
             for leaf, template in zip(plan.leaves, self._templates, strict=True)
         ]
-        if last is not None and plan.is_settled:
+        # another take, begun later, may have committed since this one was planned: then these are not its leaves
+        if last is not None and all(map(operator.is_, leaves, last.leaves)):
             samples = last.samples
         else:
             # of what is reused without a look at each
