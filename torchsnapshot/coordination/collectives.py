@@ -116,7 +116,7 @@ class CollectiveSession(Session):
         sizes = [torch.empty_like(nbytes) for _ in range(self.world_size)]
         dist.all_gather(sizes, nbytes, group=self._group)
         counts = [int(size.item()) for size in sizes]
-        padded = torch.zeros(max(counts), dtype=torch.uint8)
+        padded = torch.zeros(max(counts), dtype=torch.uint8, device="cpu")  # whatever torch's default device is
         ctypes.memmove(padded.data_ptr(), data, len(data))
         mine = padded.to(self._device)
         gathered = [torch.empty_like(mine) for _ in range(self.world_size)]

@@ -47,14 +47,23 @@ def map_pages(nbytes: int) -> memoryview:
     """Map fresh memory of at least ``nbytes`` bytes: writable, zero, page-aligned, a whole number of pages long.
 
     It is unmapped when the last view of it is gone.
+
+    Raises:
+        MemoryError: the machine, or this process, may have no more.
     """
     nbytes = round_up(max(nbytes, 1), PAGE_NBYTES)
     alignment = HUGE_PAGE_NBYTES if nbytes >= HUGE_PAGE_NBYTES else PAGE_NBYTES
     slack = alignment if alignment > mmap.PAGESIZE else 0
-    if hasattr(mmap, "MAP_PRIVATE"):
-        mapping = mmap.mmap(-1, nbytes + slack, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    else:
-        mapping = mmap.mmap(-1, nbytes + slack)
+    try:
+        if hasattr(mmap, "MAP_PRIVATE"):
+            mapping = mmap.mmap(-1, nbytes + slack, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        else:
+            mapping = mmap.mmap(-1, nbytes + slack)
+    except OSError as error:
+        raise MemoryError(
+            f"no memory is left for a buffer of {nbytes} bytes ({error.strerror}): free some, or lower what snapshots "
+            "may use with TORCHSNAPSHOT_PER_RANK_MEMORY_BUDGET_BYTES"
+        ) from error
     # advice that a kernel does not know costs speed, or safety only where direct I/O does not exist
     for name in ("MADV_DONTFORK", "MADV_HUGEPAGE") if slack else ("MADV_DONTFORK",):
         if hasattr(mmap, name):
@@ -157,7 +166,7 @@ class BufferPool:
         """A buffer of at least ``nbytes`` bytes, of ``size_class(nbytes)`` to be exact.
 
         Raises:
-            OSError, MemoryError: the machine has no memory left.
+            MemoryError: the machine has no memory left.
         """
         self.check_process()
         nbytes = size_class(nbytes)

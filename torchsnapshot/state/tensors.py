@@ -150,6 +150,8 @@ def allocate(
         assert numpy is not None
         return numpy.empty(memory_shape, found).transpose(inverse(order))
     torch_dtype = dtypes.torch_dtype(dtype)
+    if device is None:
+        device = "cpu"  # torch's own default may be another one, even meta
     if dtypes.DTYPES[dtype].quantized:
         raise FormatError(f"a tensor of {dtype} is not stored as one dense tensor")
     if dtype == "complex32":
@@ -186,7 +188,7 @@ def why_inconvertible(dtype: str, target: Any) -> str | None:
     if target.is_quantized and not source_dtype.is_floating_point:
         return f"{dtype} does not quantize to {target.dtype}"
     try:
-        probe = torch.zeros(1, dtype=target.dtype) if not target.is_quantized else torch.zeros(1)
+        probe = torch.zeros(1, dtype=torch.float32 if target.is_quantized else target.dtype, device="cpu")
         probe.copy_(allocate(dtype, (1,)).zero_())
     except (RuntimeError, NotImplementedError):
         return f"torch cannot convert {dtype} to {target.dtype}"

@@ -111,7 +111,10 @@ def parse(path: str | os.PathLike[str]) -> Location:
         )
     protocol, separator, rest = text.partition("://")
     if not separator or protocol in _LOCAL_PROTOCOLS:
-        local = os.path.realpath(rest if separator else text)
+        try:
+            local = os.path.realpath(rest if separator else text)
+        except FileNotFoundError as error:
+            raise ValueError(f"{text}: the current folder has been deleted: pass an absolute path") from error
         return Location("", tuple(part for part in local.split("/") if part))
     bucket, _, folders = rest.partition("/")
     parts = tuple(part for part in folders.split("/") if part)
