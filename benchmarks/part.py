@@ -58,8 +58,9 @@ def run_part(name: str, measure: Callable[[Options], Result]) -> None:
     folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=arguments.folder)).resolve()
     rounds = arguments.rounds or (1 if arguments.quick else ROUNDS)
     try:
-        # the interpreter's garbage has nothing to do with what is measured
+        # the interpreter's garbage has nothing to do with what is measured; nor have the objects of imported modules
         gc.disable()
+        gc.freeze()
         result = measure(
             Options(folder, arguments.quick, arguments.peers, rounds, REPOSITORY / ".bench" / "environments")
         )

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from warm import run_script
 
 from benchmarks import plot
 from benchmarks.__main__ import PAGE, PARTS, parse, with_figures
 from benchmarks.limits import Limits, pieces_of
+from benchmarks.main_job import Clock, print_table
 from benchmarks.part import take_turns
 from benchmarks.peers import environments
 from benchmarks.report import MET, MISSED, NOT_MEASURED, Line, Result, against_limit, faster_than, table
@@ -26,9 +28,8 @@ SCRIPT = REPOSITORY / "benchmarks" / "main_job.py"
 
 def run(folder: Path, *options: str) -> str:
     """What the benchmark prints for a small state."""
-    command = [sys.executable, str(SCRIPT), "--folder", str(folder), "--scale", "0.02", "--rounds", "1", *options]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = run_script(SCRIPT, "--folder", folder, "--scale", "0.02", "--rounds", "1", *options)
+    assert done.returncode == 0, done.stdout
     return done.stdout
 
 
@@ -44,20 +45,26 @@ def test_json_has_every_cell(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_table_is_markdown(tmp_path: Path) -> None:
-    """The table can stand in a page as it is."""
-    lines = run(tmp_path).splitlines()
-    table = [line for line in lines if line.startswith("|")]
+def test_table_is_markdown(capsys: pytest.CaptureFixture[str]) -> None:
+    """The table can stand in a page as it is; where something was not measured, its cells are empty."""
+    clock = Clock()
+    for row, column in (("take #1", "torchsnapshot"), ("take #1", "torch.save"), ("restore", "bare disk")):
+        for _ in range(2):
+            clock.time(row, column, lambda: 1_000_000)
+    print_table(clock)
+    table = capsys.readouterr().out.splitlines()
     assert len({line.count("|") for line in table}) == 1
     assert table[2].startswith("| take #1 |")
+    assert table[2].count("1.0 MB") == 2
+    assert table[3].startswith("| restore |  |  |  |  |  |")
 
 
-def run_quickly(folder: Path, *arguments: str) -> Result:
+def run_quickly(folder: Path, part: str, *arguments: str) -> Result:
     """What one part finds with tiny sizes; it leaves nothing behind."""
     out, scratch = folder / "out.json", folder / "scratch"
-    command = [sys.executable, "-m", *arguments, "--quick", "--folder", str(scratch), "--out", str(out)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    script = REPOSITORY / "benchmarks" / f"{part}.py"
+    done = run_script(script, *arguments, "--quick", "--folder", scratch, "--out", out, folder=REPOSITORY)
+    assert done.returncode == 0, done.stdout
     assert list(scratch.iterdir()) == []
     return Result.load(out)
 
@@ -65,7 +72,7 @@ def run_quickly(folder: Path, *arguments: str) -> Result:
 @pytest.mark.parametrize("part", PARTS)
 def test_part_runs_and_measures_all_it_compares(tmp_path: Path, part: str) -> None:
     """With tiny sizes and no peers every part ends well; a target is met or missed, unless it is about peers."""
-    result = run_quickly(tmp_path, f"benchmarks.{part}", "--peers", "none")
+    result = run_quickly(tmp_path, part, "--peers", "none")
     assert result.lines
     assert all(seconds and all(isinstance(one, float) for one in seconds) for seconds in result.series.values())
     for line in result.lines:
@@ -75,14 +82,14 @@ def test_part_runs_and_measures_all_it_compares(tmp_path: Path, part: str) -> No
 
 def test_peers_stand_beside_ours(tmp_path: Path) -> None:
     """The peers that need nothing but torch run in processes of their own and are measured in the same rounds."""
-    result = run_quickly(tmp_path, "benchmarks.take", "--peers", "torch")
+    result = run_quickly(tmp_path, "take", "--peers", "torch")
     assert {"torch.save", "torch.save + fsync", "DCP"} <= result.series.keys()
     assert not any(line.what.startswith("peer ") for line in result.lines)
 
 
 def test_training_compares_with_peers_and_can_be_drawn(tmp_path: Path) -> None:
     """The training loop measures every contender, and the plot needs nothing else."""
-    result = run_quickly(tmp_path, "benchmarks.training", "--peers", "torch")
+    result = run_quickly(tmp_path, "training", "--peers", "torch")
     for name in plot.COLOURS:
         assert result.series[f"all: {name}, every 1: lost"]
     if not plot.can_draw():
@@ -95,14 +102,14 @@ def test_training_compares_with_peers_and_can_be_drawn(tmp_path: Path) -> None:
 
 def test_whole_benchmark_prints_one_table_and_writes_json(tmp_path: Path) -> None:
     """``python -m benchmarks`` gathers the parts into one table and one file."""
-    command = [sys.executable, "-m", "benchmarks", "small", "gc_scale", "--quick", "--peers", "none"]
+    command = [sys.executable, "-m", "benchmarks", "small", "ranks_simulated", "--quick", "--peers", "none"]
     command += ["--folder", str(tmp_path / "scratch"), "--results", str(tmp_path / "results")]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert len({len(row) for row in rows}) == 1
     whole = json.loads((tmp_path / "results" / "all.json").read_text())
-    assert list(whole["parts"]) == ["small", "gc_scale"]
+    assert list(whole["parts"]) == ["small", "ranks_simulated"]
     assert len(rows) == 2 + sum(len(part["lines"]) for part in whole["parts"].values())
 
 

@@ -14,13 +14,12 @@ import io
 import json
 import re
 import shlex
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from warm import run_script
 
 from torchsnapshot.cli import build_parser
 
@@ -29,9 +28,10 @@ PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 PRINTS = "<!-- prints -->"
 
 PROGRAMS = {
-    "torchsnapshot": [sys.executable, "-m", "torchsnapshot"],
-    "python": [sys.executable],
+    "torchsnapshot": [str(REPOSITORY / "torchsnapshot" / "__main__.py")],
+    "python": [],
 }
+"""What stands in place of a program's name: all of them run scripts of Python."""
 
 # What may differ from run to run, in the order in which it is replaced.
 VOLATILE = [
@@ -111,9 +111,7 @@ def run_console(block: Block, folder: Path, where: str) -> None:
         words = shlex.split(command, comments=True)
         assert words[0] in PROGRAMS, f"{where}: {words[0]} is no program that pages may run"
         words = [str(REPOSITORY / word) if word.startswith(("tools/", "examples/")) else word for word in words]
-        done = subprocess.run(
-            [*PROGRAMS[words[0]], *words[1:]], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        done = run_script(*PROGRAMS[words[0]], *words[1:], folder=folder)
         assert_printed(expected, done.stdout, f"{where}: {command}")
 
 

@@ -8,15 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from warm import run_script
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 
 
 def run(script: Path, root: Path) -> str:
     """What the example prints."""
-    command = [sys.executable, str(script), "--quick", "--root", str(root)]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    done = run_script(script, "--quick", "--root", root)
+    assert done.returncode == 0, done.stdout
     return done.stdout
 
 

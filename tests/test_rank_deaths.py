@@ -8,12 +8,13 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from launch import launch
+from launch import launch, side_by_side
 
 from torchsnapshot import Snapshot, StateDict
 from torchsnapshot.coordination import distributed
@@ -25,11 +26,14 @@ from torchsnapshot.store.local import LocalBackend
 
 BLOBS = ".torchsnapshot/blobs/"
 
+SILENCE = 15.0
+"""Seconds. Long enough for a living process on a busy machine to beat; all deaths wait for it at the same time."""
+
 
 def be_impatient() -> None:
     """A rank counts as lost sooner."""
-    distributed.Limits = functools.partial(Limits, silence=8.0, acknowledgement=8.0)  # type: ignore[misc,assignment]
-    distributed.ENTRY_SECONDS = 8.0
+    distributed.Limits = functools.partial(Limits, silence=SILENCE, acknowledgement=SILENCE)  # type: ignore[misc,assignment]
+    distributed.ENTRY_SECONDS = SILENCE
 
 
 def state_of(version: float) -> dict[str, Any]:
@@ -39,13 +43,12 @@ def state_of(version: float) -> dict[str, Any]:
 
 
 def outcome_of(function: Callable[[], object]) -> list[Any]:
-    """What a take came to: the error's type, which ranks failed, its message, and the seconds that it took."""
-    start = time.monotonic()
+    """What a take came to: the error's type, which ranks failed, and its message."""
     try:
         function()
     except SnapshotError as error:
-        return [type(error).__name__, sorted(getattr(error, "failures", {})), str(error), time.monotonic() - start]
-    return ["committed", [], "", time.monotonic() - start]
+        return [type(error).__name__, sorted(getattr(error, "failures", {})), str(error)]
+    return ["committed", [], ""]
 
 
 def around_puts(matches: Callable[[str], bool], act: Callable[[], None], *, after: bool = False) -> None:
@@ -76,108 +79,91 @@ class Deadly(StateDict):
         return {}
 
 
-def deaths(root: str, told: str) -> None:
-    """Groups that lose a member each: the ones before are always without those that died."""
+@dataclass(frozen=True)
+class Death:
+    """One rank is killed at one point of a take.
+
+    Args:
+        name: of the snapshot.
+        world_size: how many ranks take it.
+        rank: which one is killed.
+        in_background: the take is asynchronous.
+        told: what the survivors are told.
+    """
+
+    name: str
+    world_size: int
+    rank: int
+    in_background: bool
+    told: str
+
+
+DEATHS = [
+    Death("before agree", 4, 3, False, "RankError"),
+    Death("in state_dict", 3, 2, True, "RankError"),
+    Death("in a put", 2, 1, True, "RankError"),
+    Death("in a put of rank 0", 2, 0, True, "RankError"),
+    Death("before commit", 3, 0, False, "CommitUnknownError"),
+    Death("after commit", 2, 0, True, "committed"),
+]
+
+
+def take_and_die(root: str, folder: str, death: Death) -> None:
+    """A take in which one rank is killed; the others write down what they are told."""
     be_impatient()
-    groups = {
-        members: dist.new_group(list(members)) for members in [(0, 1, 2, 3), (0, 1, 2), (0, 1), (1, 4, 5), (4, 5)]
-    }
     rank = dist.get_rank()
-    seen: dict[str, list[Any]] = {}
-
-    def take(name: str, members: tuple[int, ...], state: dict[str, Any], *, in_background: bool = False) -> None:
-        if rank not in members:
-            return
-        path, group = f"{root}/{name}", groups[members]
-
-        def work() -> None:
-            if in_background:
-                Snapshot.async_take(path, state, group).wait()
-            else:
-                Snapshot.take(path, state, group)
-
-        seen[name] = outcome_of(work)
-
+    path, state = f"{root}/{death.name}", state_of(1)
+    # nobody is killed before all have a group
     dist.barrier()
-    if rank == 3:
-        die()
-    take("before agree", (0, 1, 2, 3), state_of(1))
-    take("in state_dict", (0, 1, 2), {"model": Deadly()} if rank == 2 else state_of(2))
-    if rank == 0:
-        around_puts(lambda key: key.startswith(BLOBS), die)
-    take("in a put", (0, 1), state_of(3), in_background=True)
-    ready = Path(told, "ready")
-    if rank == 1:
-        ready.touch()
-    while rank in (4, 5) and not ready.exists():
-        time.sleep(0.01)
-    if rank == 1:
-        around_puts(lambda key: key.startswith("before commit/.manifests"), die)
-    take("before commit", (1, 4, 5), state_of(4))
-    if rank == 4:
-        around_puts(lambda key: key.endswith(".ok"), die, after=True)
-    take("after commit", (4, 5), state_of(5), in_background=True)
-    if rank == 5:
-        names = sorted(snapshot.name for snapshot in Snapshot.list(root))
-        report = collect(root)
-        # the manifest without .ok stays, by the rules of gc
-        seen["gc"] = [names, report.freed_blobs, collect(root).freed_blobs, len(report.called_dead)]
-        seen["verify"] = [len(snapshot.verify()) for snapshot in Snapshot.list(root)]
-    Path(told, str(rank)).write_text(json.dumps(seen))
+    if rank == death.rank:
+        if death.name == "before agree":
+            die()
+        elif death.name == "in state_dict":
+            state = {"model": Deadly()}
+        elif death.name.startswith("in a put"):
+            around_puts(lambda key: key.startswith(BLOBS), die)
+        elif death.name == "before commit":
+            around_puts(lambda key: key.startswith("before commit/.manifests"), die)
+        else:
+            around_puts(lambda key: key.endswith(".ok"), die, after=True)
+
+    def work() -> None:
+        if death.in_background:
+            Snapshot.async_take(path, state).wait()
+        else:
+            Snapshot.take(path, state)
+
+    told = outcome_of(work)
+    Path(folder, f"{death.name} {rank}").write_text(json.dumps(told))
+    # the survivors of a group can no longer leave it in an orderly way
     os._exit(0)
 
 
 def test_killed_ranks(tmp_path: Path) -> None:
-    """Whoever survives is told soon and whom; what was committed stays, the rest is debris that gc takes."""
-    told = tmp_path / "told"
-    told.mkdir()
-    outcomes = launch(6, deaths, args=[str(tmp_path / "root"), str(told)])
-    killed = {outcome.rank for outcome in outcomes if outcome.exit_code == -signal.SIGKILL}
-    assert killed == {0, 1, 2, 3, 4}, [(outcome.exit_code, outcome.output) for outcome in outcomes]
-    seen = json.loads((told / "5").read_text())
-    kind, _, message, seconds = seen["before commit"]
-    assert kind == "CommitUnknownError", (kind, message)
-    assert seconds < 60
-    kind, _, message, seconds = seen["after commit"]
-    assert kind == "committed", (kind, message)
-    names, freed, freed_again, called_dead = seen["gc"]
-    assert names == ["after commit"]
-    assert freed > 0
-    assert freed_again == 0
-    assert called_dead >= 2
-    assert seen["verify"] == [0]
-
-
-def first_deaths(root: str, told: str) -> None:
-    """As ``deaths``, up to where ranks are left that can tell."""
-    be_impatient()
-    groups = [dist.new_group(list(range(size))) for size in (4, 3, 2)]
-    rank = dist.get_rank()
-    seen: dict[str, list[Any]] = {}
-    dist.barrier()
-    if rank == 3:
-        die()
-    seen["before agree"] = outcome_of(lambda: Snapshot.take(f"{root}/a", state_of(1), groups[0]))
-    state = {"model": Deadly()} if rank == 2 else state_of(2)
-    seen["in state_dict"] = outcome_of(lambda: Snapshot.async_take(f"{root}/b", state, groups[1]).wait())
-    if rank == 1:
-        around_puts(lambda key: key.startswith(BLOBS), die)
-    seen["in a put"] = outcome_of(lambda: Snapshot.async_take(f"{root}/c", state_of(3), groups[2]).wait())
-    Path(told, str(rank)).write_text(json.dumps(seen))
-    os._exit(0)
-
-
-def test_killed_ranks_are_named(tmp_path: Path) -> None:
-    """Before the first round, between rounds, and while blobs are put: every survivor names the rank that is gone."""
-    outcomes = launch(4, first_deaths, args=[str(tmp_path / "root"), str(tmp_path)])
-    assert [outcome.exit_code for outcome in outcomes] == [0, -9, -9, -9], outcomes
-    seen = json.loads((tmp_path / "0").read_text())
-    for label, rank in (("before agree", 3), ("in state_dict", 2), ("in a put", 1)):
-        kind, failed, message, seconds = seen[label]
-        assert (kind, failed) == ("RankError", [rank]), (label, message)
-        assert "lost" in message
-        assert seconds < 60
-    assert not Snapshot.list(str(tmp_path / "root"))
+    """Whoever survives is told whom it lost; what was committed stays, the rest is debris that gc takes."""
+    root, folder = str(tmp_path / "root"), tmp_path / "told"
+    folder.mkdir()
+    # they mostly wait for the silence to be long enough
+    launched = side_by_side(
+        *(functools.partial(launch, each.world_size, take_and_die, args=[root, str(folder), each]) for each in DEATHS)
+    )
+    for death, outcomes in zip(DEATHS, launched, strict=True):
+        codes = [-signal.SIGKILL if rank == death.rank else 0 for rank in range(death.world_size)]
+        assert [outcome.exit_code for outcome in outcomes] == codes, (death, outcomes)
+        for rank in set(range(death.world_size)) - {death.rank}:
+            kind, failed, message = json.loads((folder / f"{death.name} {rank}").read_text())
+            assert kind == death.told, (death, message)
+            if kind == "RankError":
+                assert failed == [death.rank], (death, message)
+                assert "lost" in message, death
+    assert [snapshot.name for snapshot in Snapshot.list(root)] == ["after commit"]
+    report = collect(root)
+    assert report.freed_blobs > 0
+    # one of each take that lost its rank 0
+    assert len(report.called_dead) >= 2
+    # the manifest without .ok stays, by the rules of gc
+    assert collect(root).freed_blobs == 0
+    assert not Snapshot(f"{root}/after commit").verify()
 
 
 # ------------------------------------------------------------------ the process that hosts the group's store
@@ -253,12 +239,11 @@ def test_the_ok_is_the_verdict(tmp_path: Path) -> None:
     seen = [outcome.result() for outcome in outcomes]
     for in_background in (False, True):
         for rank in (0, 1):
-            kind, _, message, _ = seen[rank][f"after {in_background}"]
+            kind, _, message = seen[rank][f"after {in_background}"]
             assert kind == "committed", message
-        kind, failed, message, _ = seen[0][f"before {in_background}"]
+        kind, failed, message = seen[0][f"before {in_background}"]
         assert (kind, failed) == ("RankError", [0]), message
         assert "no manifest" in message
-        kind, _, message, seconds = seen[1][f"before {in_background}"]
+        kind, _, message = seen[1][f"before {in_background}"]
         assert kind == "CommitUnknownError", message
-        assert seconds < 60
     assert sorted(snapshot.name for snapshot in Snapshot.list(str(tmp_path / "root"))) == ["1", "3"]

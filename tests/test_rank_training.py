@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from launch import launch, succeed
+from launch import launch, side_by_side, succeed
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -23,6 +23,9 @@ from torchsnapshot.store.local import LocalBackend
 
 NUM_STEPS = 8
 WIDTH = 24
+
+SILENCE = 10.0
+"""Seconds. Long enough for a living process on a busy machine to beat."""
 
 
 def new_model() -> torch.nn.Module:
@@ -76,7 +79,7 @@ def train(root: str, folder: str, killed: list[int], last_step: int, in_backgrou
         last_step: where the job ends.
         in_background: takes are asynchronous.
     """
-    distributed.Limits = functools.partial(Limits, silence=8.0, acknowledgement=8.0)  # type: ignore[misc,assignment]
+    distributed.Limits = partial(Limits, silence=SILENCE, acknowledgement=SILENCE)  # type: ignore[misc,assignment]
     models = jobs()
     progress = StateDict(step=0)
     app_state: dict[str, Any] = {"progress": progress}
@@ -131,7 +134,11 @@ def test_killed_jobs_go_on_with_the_same_losses(tmp_path: Path) -> None:
     root, folder, reference = str(tmp_path / "root"), tmp_path / "losses", tmp_path / "reference"
     folder.mkdir()
     reference.mkdir()
-    first = launch(2, train, args=[root, str(folder), [1], 3, True])
+    # interpreters as torchrun starts them; while the survivor waits, another job trains without interruption
+    first, uninterrupted = side_by_side(
+        partial(launch, 2, train, args=[root, str(folder), [1], 3, True], fresh=True),
+        partial(launch, 1, train, args=[str(tmp_path / "other"), str(reference), [], NUM_STEPS, False]),
+    )
     assert [outcome.exit_code for outcome in first] == [7, -signal.SIGKILL], [each.output for each in first]
     told = (folder / "told-0").read_text()
     assert told.startswith("RankError Failed on rank 1: lost"), told
@@ -145,7 +152,7 @@ def test_killed_jobs_go_on_with_the_same_losses(tmp_path: Path) -> None:
     third = succeed(launch(1, train, args=[root, str(folder), [], NUM_STEPS, True]))
     assert third[0].result() == {"begun at": 5}
 
-    succeed(launch(1, train, args=[str(tmp_path / "other"), str(reference), [], NUM_STEPS, False]))
+    succeed(uninterrupted)
     expected = losses_in(reference)
     assert len(expected) == 2 * NUM_STEPS
     found = losses_in(folder)

@@ -48,14 +48,17 @@ class WarmProcess:
         arguments: the script and its arguments.
         environment: all of its variables. ``PYTHONPATH`` and what torch reads on import are those of the server.
         output: the file that gets its stdout and stderr.
+        folder: where it runs; None: here.
     """
 
-    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], output: Path) -> None:
+    def __init__(
+        self, arguments: Sequence[str], environment: Mapping[str, str], output: Path, folder: Path | None = None
+    ) -> None:
         self.returncode: int | None = None
         self._connection = socket.socket(socket.AF_UNIX)
         with _starting:
             self._connection.connect(_server_address())
-        request = [list(arguments), dict(environment), str(output), os.getcwd()]
+        request = [list(arguments), dict(environment), str(output), str(folder or Path.cwd())]
         self._connection.sendall(json.dumps(request).encode() + b"\n")
         self._received = b""
         self.pid = self._next_number()
@@ -86,6 +89,25 @@ class WarmProcess:
             self._received += received
         line, _, self._received = self._received.partition(b"\n")
         return int(line)
+
+
+def run_script(*arguments: object, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a Python script in a process of its own until it ends, a warm one where that is sound.
+
+    Args:
+        arguments: the script and its arguments.
+        folder: where it runs; None: here.
+
+    Returns:
+        Its exit status; ``stdout`` holds stderr, too.
+    """
+    words = [str(each) for each in arguments]
+    if not IS_SOUND:
+        command = [sys.executable, *words]
+        return subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with tempfile.NamedTemporaryFile("r") as output:
+        process = WarmProcess(words, os.environ, Path(output.name), folder)
+        return subprocess.CompletedProcess(words, process.wait(), output.read())
 
 
 _starting = threading.Lock()
