@@ -89,6 +89,15 @@ def blob(content: bytes = b"content") -> tuple[str, str, bytes]:
 
 
 class TestOrder:
+    def test_a_missing_folder_is_made_before_anything_is_written(
+        self, backend: LocalBackend, calls: list[Call]
+    ) -> None:
+        """The first object of a folder costs one write and one fsync of its own, as every other one does."""
+        backend.put("step/.manifests/first", page_aligned(NBYTES))
+        temps = [call[1] for call in calls if call[0] == "create"]
+        assert len(temps) == 1
+        assert calls.count(("fsync", temps[0])) == 1
+
     @pytest.mark.parametrize("aligned", [False, True])
     @pytest.mark.parametrize("if_absent", [False, True])
     def test_write_fsync_rename_fsync(

@@ -311,7 +311,8 @@ def free_memory_nbytes() -> int:
     for version, folder in _control_groups("memory"):
         limit = _number(folder / ("memory.max" if version == 2 else "memory.limit_in_bytes"))
         used = _number(folder / ("memory.current" if version == 2 else "memory.usage_in_bytes"))
-        if limit is not None and used is not None:
+        # a limit that is not near even without this look at what is used for what, which takes time, decides nothing
+        if limit is not None and used is not None and limit - used < min(free):
             # the page cache counts as used, but gives way
             statistics = dict(line.split(" ", 1) for line in _read(folder / "memory.stat").splitlines() if " " in line)
             cached = int(statistics.get("inactive_file" if version == 2 else "total_inactive_file", "0"))

@@ -38,6 +38,7 @@ from torchsnapshot.format.entry_kinds import (
     unescape,
 )
 from torchsnapshot.format.entry_section import ENTRIES_VERSION, EntriesSection, Tree, unpack_entries
+from torchsnapshot.pauses import collector_paused
 from torchsnapshot.store.envelope import ChunkRef, ChunkTable, Envelope, Head, LoadTable, ManifestFile
 
 __all__ = [
@@ -139,6 +140,7 @@ class StoredManifest:
         """The ranks that have entries, in their order."""
         return self.section.ranks
 
+    @collector_paused()
     def entries_of(self, rank: int) -> dict[str, Entry]:
         """The entries of one rank by path without the rank, depth-first, parents first. Not to be changed.
 

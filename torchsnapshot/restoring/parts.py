@@ -21,6 +21,7 @@ from torchsnapshot.format.entries import (
     ValueEntry,
     spans_of,
 )
+from torchsnapshot.pauses import collector_paused
 from torchsnapshot.reading.reads import Reading, load_opaque
 from torchsnapshot.reading.targets import Target, TargetFinder
 from torchsnapshot.state import values
@@ -106,6 +107,7 @@ class Part:
         return inflate(self._prefix, self._entries, self.leaf, self._current, self._resolve)
 
 
+@collector_paused()
 def gather(
     parts: Iterable[Part], work: Reading, manifest: StoredManifest, device: torch.device | str | None = None
 ) -> None:

@@ -210,6 +210,7 @@ def resolver(*targets: object) -> Resolve:
     return lambda name: offered.get(name) or safe_class(name)
 
 
+@collector_paused()
 def inflate(
     prefix: str,
     nodes: Mapping[str, Entry],

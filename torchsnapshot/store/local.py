@@ -108,6 +108,9 @@ class LocalBackend(Backend):
         durable: bool,
         direct: bool,
     ) -> None:
+        if durable and not os.path.isdir(os.path.dirname(target)):
+            # the rename would say so too, but only after the fsync
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), target)
         temp = os.path.join(temp_folder, self._temp_name(key))
         file = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
         try:
