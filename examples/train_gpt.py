@@ -283,7 +283,7 @@ def main(arguments: list[str] | None = None) -> None:
         finally:
             shutil.rmtree(temporary)
     else:
-        tell(config, options.root.resolve())
+        tell(config, options.root)
     print(f"\nDone in {time.perf_counter() - began:.0f} s.")
 
 
