@@ -16,6 +16,9 @@ import torch
 from torchsnapshot import Snapshot, StateDict, retain
 from torchsnapshot.cli import main
 from torchsnapshot.cli.output import print_table, readable_nbytes
+from torchsnapshot.store.leases import start_take
+from torchsnapshot.store.local import LocalBackend
+from torchsnapshot.store.repository import Repository
 
 NUMEL = 300_000
 """Of the big tensor: 1.2 MB, a chunk of its own."""
@@ -233,6 +236,22 @@ def test_rm_goes_on(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{paths[1]}: no snapshot is here; what is there: torchsnapshot ls {root}" in err
     assert main(["rm", paths[0], "--json"]) == 1
     assert list(json.loads(capsys.readouterr().out)["failed"]) == [paths[0]]
+
+
+def test_rm_leaves_what_a_link_leads_to(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A link is no snapshot: whoever removes "latest" does not mean the newest one."""
+    (root / "latest").symlink_to("step_3")
+    assert f"is a link to {root.resolve() / 'step_3'}" in run_failing(capsys, "rm", f"{root / 'latest'}/")
+    assert len(run_json(capsys, "ls", str(root))["snapshots"]) == 3
+
+
+def test_gc_says_whom_it_waits_for(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where no terminal shows a bar, a line tells why gc does not go on, before it gives up."""
+    assert main(["rm", str(root / "step_1")]) == 0
+    with start_take(Repository.open(LocalBackend(str(root))), "running"):
+        message = run_failing(capsys, "gc", str(root), "--wait", "0")
+    assert message.startswith("torchsnapshot: waiting up to 0 s for take")
+    assert "gave up" in message.splitlines()[1]
 
 
 @pytest.mark.parametrize("big", [False, True])

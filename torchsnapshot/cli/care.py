@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import asdict
 
 from torchsnapshot.cli.options import Commands, add_command, positive, seconds, storage_options
@@ -171,6 +172,9 @@ def run_rm(options: argparse.Namespace) -> int:
 
 
 def _remove(path: str, storage: StorageOptions | None) -> list[ManifestRef]:
+    link = path.rstrip("/")
+    if os.path.islink(link):
+        raise ValueError(f"{path} is a link to {os.path.realpath(link)}: name that, or remove the link alone with rm")
     place = find_root(path, storage)
     if place is None:
         raise SnapshotNotFoundError(f"{path}: no snapshot is here; neither this folder nor one above it holds a store")

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TimeElapsedColumn, TransferSpeedColumn
 from rich.progress import Progress as RichProgress
 
-from torchsnapshot.progress import NO_PROGRESS, Progress
+from torchsnapshot.progress import Progress
 from torchsnapshot.store.repository import Repository
 
 _UNITS = ("kB", "MB", "GB", "TB", "PB", "EB")
@@ -100,9 +100,9 @@ def _as_json(value: object) -> object:
 
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """Progress bars on standard error while the block runs; silent where that is no terminal."""
+    """Progress bars on standard error while the block runs; where that is no terminal, a line for what it waits for."""
     if not sys.stderr.isatty():
-        yield NO_PROGRESS
+        yield _Waits()
         return
     bars = RichProgress(
         TextColumn("{task.description}"),
@@ -116,6 +116,20 @@ def progress_bar() -> Iterator[Progress]:
     )
     with bars:
         yield _Bars(bars)
+
+
+class _Waits:
+    """``Progress`` for logs: whoever reads them wants to know why nothing goes on, and no more."""
+
+    def start(self, label: str, total_nbytes: int | None = None) -> None:
+        if label.startswith("waiting"):
+            print_error(label)
+
+    def advance(self, nbytes: int, items: int = 1) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
 
 
 class _Bars:

@@ -280,7 +280,7 @@ class _Collector:
         self._waited_for += [str(held) for held in waiting.values()]
         deadline = self._clock.monotonic() + self._wait
         if waiting:
-            self._progress.start(f"waiting for {len(waiting)} running takes and restores")
+            self._progress.start(f"waiting up to {self._wait:.0f} s for {'; '.join(self._waited_for)}")
         while True:
             waiting = {held.id: held for held in self._still_held(waiting)}
             if not waiting:
