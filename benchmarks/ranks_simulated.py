@@ -26,7 +26,8 @@ from torchsnapshot.geometry import grid
 from torchsnapshot.geometry.placements import Placement, Sharding
 from torchsnapshot.ranks import agreement, assembly, group_decisions, ownership
 from torchsnapshot.ranks.agreement import Duty
-from torchsnapshot.ranks.group_decisions import Decisions, pack_exchange, pack_lists, pack_report
+from torchsnapshot.ranks.group_decisions import Decisions
+from torchsnapshot.ranks.group_messages import FIGURES, pack_exchange, pack_lists, pack_report
 from torchsnapshot.state.flatten import ShardedLeaf, TensorLeaf
 from torchsnapshot.state.host_views import host_view
 from torchsnapshot.state.sharded import ShardedSource
@@ -190,7 +191,7 @@ class _Take:
                 leaf.path: Duty(number) for leaf, number in zip(told, unpack(answers[rank], 4)[1][1], strict=True)
             }
             report = assembly.report_of(plan, duties, rank)
-            numbers = [0] * len(group_decisions.FIGURES)
+            numbers = [0] * len(FIGURES)
             reports.append(pack_report(numbers, 0, report, announcements[rank], known))
         facts = self._result.facts
         facts["num_regions"] = num_regions

@@ -26,6 +26,7 @@ TAKE: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"_custom_tensor_prepare_func": 5}, TypeError, "_custom_tensor_prepare_func must be a function"),
     ({"encoding": "zip"}, ValueError, "encoding='zip'"),
     ({"busy": "no"}, ValueError, "busy='no'"),
+    ({"verify_replicas": "no"}, ValueError, "verify_replicas='no'"),
     ({"storage_options": 5}, TypeError, "storage_options must be a dict"),
     ({"store": 5}, TypeError, "a path must be a str"),
     ({"path": 5}, TypeError, "a path must be a str"),

@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from torchsnapshot.coordination.messages import unpack
 from torchsnapshot.errors import FormatError
 from torchsnapshot.geometry.grid import Box, Piece
+from torchsnapshot.ranks import assembly
 from torchsnapshot.ranks.agreement import Answer, Duty, Holding, LeafSum, decide, pack_sums, unpack_sums
-from torchsnapshot.ranks.group_decisions import Decisions, pack_exchange
+from torchsnapshot.ranks.group_decisions import Decisions
+from torchsnapshot.ranks.group_messages import FIGURES, pack_exchange, pack_refs, pack_report
 from torchsnapshot.ranks.sharing import SAMPLE_TAKES, Crew, PassedOn, Shares, Sharing, divide, hand_out, id_of
 from torchsnapshot.state.flatten import ValueLeaf
 from torchsnapshot.store.envelope import ChunkRef
@@ -173,6 +175,25 @@ def test_ranks_that_remember_different_takes_do_not_share() -> None:
         decisions = Decisions(cast(Any, group), "", cast(Any, None), cast(Any, None))
         messages = [pack_exchange(b"", b"", "take 1", told), pack_exchange(b"", b"", after, told)]
         assert [unpack(answer)[0] for answer in decisions.exchange(messages)] == [["all"], ["all"]]
+
+
+def test_a_chunk_table_is_told_by_what_is_new() -> None:
+    """Of a table that rank 0 knows from the last take hardly anything is sent; rank 0 refuses what it does not know."""
+    refs = [ref_of(digest_of(f"{number}"), 1000) for number in range(500)]
+    tables = [pack_refs(refs), pack_refs([*refs[:250], ref_of(digest_of("new"), 1000, "1"), *refs[251:]])]
+    numbers = [0] * len(FIGURES)
+    sizes = []
+    for last in (None, ("take 1", tables[0])):
+        for table in tables:
+            report = assembly.Report(table, b"", b"t", {}, b"")
+            sizes.append(len(pack_report(numbers, 0, report, b"", [b"t"], last)))
+    assert min(sizes[:2]) > 500 * 16
+    assert sizes[2] < 200
+    assert sizes[3] < 500
+    decisions = Decisions(cast(Any, SimpleNamespace(global_ranks=(0,))), "", cast(Any, None), cast(Any, None))
+    decisions._announcements = [b""]
+    with pytest.raises(FormatError, match="did not name"):
+        decisions.assemble([pack_report(numbers, 0, report, b"", [b"t"], ("take 1", tables[0]))], None)
 
 
 # ------------------------------------------------------------------ sums

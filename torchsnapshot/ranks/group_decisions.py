@@ -1,9 +1,9 @@
 """What rank 0 of a take over several ranks makes of the others' messages, round by round.
 
 What lives here: opening the store for everybody, the lease, the decisions, the commit. What doesn't: what each rank
-does (``group_take``), how messages travel (``coordination.distributed``), the rules themselves: who writes what
-(``ownership``), who reports what (``agreement``), who hashes for whom (``sharing``), how the manifest comes together
-(``assembly``).
+does (``group_take``), messages as bytes (``group_messages``), how they travel (``coordination.distributed``), the rules
+themselves: who writes what (``ownership``), who reports what (``agreement``), who hashes for whom (``sharing``), how
+the manifest comes together (``assembly``).
 
 Invariant: the manifest is put after every rank has said that its blobs are durable.
 """
@@ -11,30 +11,21 @@ Invariant: the manifest is put after every rank has said that its blobs are dura
 from __future__ import annotations
 
 import logging
-from array import array
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
-from typing import Generic, TypeVar
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torchsnapshot import knobs
-from torchsnapshot.chunks.reader import digest_of
 from torchsnapshot.coordination.distributed import Group
 from torchsnapshot.coordination.messages import pack, squeeze, unpack, unsqueeze
-from torchsnapshot.errors import CommitUnknownError
+from torchsnapshot.errors import CommitUnknownError, FormatError
 from torchsnapshot.format.entries import StoredManifest
 from torchsnapshot.ranks import agreement, assembly, ownership
-from torchsnapshot.ranks.agreement import Answer
+from torchsnapshot.ranks.group_messages import FIGURES, Lists, Once, contents_of, pack_counts, pack_refs
 from torchsnapshot.ranks.replicas import agreed_globs
 from torchsnapshot.ranks.sharing import PassedOn
 from torchsnapshot.reading.opening import Opened
 from torchsnapshot.stats import Stats
-from torchsnapshot.store.envelope import (
-    ChunkRef,
-    ChunkTable,
-    ChunkTableBuilder,
-    Head,
-    pack_manifest,
-    user_metadata_fits,
-)
+from torchsnapshot.store.envelope import ChunkTable, Head, pack_manifest, user_metadata_fits
 from torchsnapshot.store.leases import TakeSession, start_take
 from torchsnapshot.store.locate import place_for_take
 from torchsnapshot.store.repository import Repository
@@ -44,26 +35,27 @@ from torchsnapshot.version import __version__
 
 logger = logging.getLogger(__name__)
 
-K = TypeVar("K", bound=Hashable)
-
-FIGURES = ("state_nbytes", "new_nbytes", "stored_nbytes", "num_chunks", "num_new_chunks", "num_blobs")
-"""What ranks report of themselves and rank 0 adds up; their names are those in the manifest's head."""
-
-
-MAX_LIST_NBYTES = 4096
-"""A longer list is sent only when rank 0 has asked for it, by one of the ranks that have the same."""
-
-MAX_SHARED_LIST_NBYTES = 32 << 10
-"""The same for lists of what is new where ranks hash for one another: each has its own, so that all would be asked."""
-
-MAX_KNOWN_SUMS_NBYTES = 64 << 20
-"""Where the ranks' different lists of sums are larger than this together, none is remembered."""
-
 MAX_KNOWN_TREES = 64
 """Where ranks have more different trees than this, none is remembered."""
 
+MAX_KNOWN_NBYTES = 64 << 20
+"""Where the ranks' different lists of sums, or their chunk tables, are larger together, none is remembered."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Tables:
+    """The chunk tables that the ranks of a take have reported: what is equal in the next ones is not sent again."""
+
+    take_id: str
+    global_ranks: tuple[int, ...]
+    tables: Sequence[bytes]
+
+
 _known_trees: dict[bytes, assembly.KnownTree] = {}
 """Those of the last take of this process, so that ranks need not send them again."""
+
+_known_tables: list[_Tables] = []
+"""Those of the last take of this process; none or one."""
 
 _known_sums: dict[bytes, bytes] = {}
 """The lists of sums of the last take of this process, by digest."""
@@ -85,12 +77,15 @@ class Decisions:
         self._options = options
         self._stats = stats
         self._announcements: list[bytes] = []
-        self._contents = _Lists()
-        self._sums = _Lists(dict(_known_sums))
+        self._contents = Lists()
+        self._sums = Lists(dict(_known_sums))
         self._told: list[memoryview] = []
         self._passed_on: PassedOn | None = None
         # as they were when the ranks were told: another take of the group may end meanwhile
         self._trees = dict(_known_trees)
+        ranks = tuple(group.global_ranks)
+        self._tables = next((known for known in _known_tables if known.global_ranks == ranks), None)
+        self._reported: list[bytes] = []
         self._duties: list[ownership.Duty] = []
 
     def agree(self, values: list[bytes]) -> bytes:
@@ -128,6 +123,7 @@ class Decisions:
                 list(self._trees),
                 len(remembered) == 1 and options.verify_replicas != "full",
                 options.verify_replicas == "sample",
+                None if self._tables is None else self._tables.take_id,
             ]
         )
 
@@ -159,20 +155,20 @@ class Decisions:
         self._duties = ownership.assign(announcements)
         answers = agreement.decide(self._sums.all())
         _known_sums.clear()
-        _known_sums.update(self._sums.of_this_take(MAX_KNOWN_SUMS_NBYTES))
+        _known_sums.update(self._sums.of_this_take(MAX_KNOWN_NBYTES))
         if self._told:
             self._passed_on = PassedOn(
                 [unsqueeze(parts, known) for parts, known in zip(self._told, announcements, strict=True)]
             )
-        self._contents, self._sums, self._told = _Lists(), _Lists(), []
+        self._contents, self._sums, self._told = Lists(), Lists(), []
         has_shared = any(any(duty.is_shared) for duty in self._duties)
         has_shared = has_shared or (self._passed_on is not None and self._passed_on.has_new)
-        passed_on: _Once[tuple[int, ...]] = _Once(lambda numbers: squeeze(self._heard(numbers)))
-        counts = _Once(squeeze)
+        passed_on: Once[tuple[int, ...]] = Once(lambda numbers: squeeze(self._heard(numbers)))
+        counts = Once(squeeze)
         return [
             pack(
                 ["done", answer.conflicts, has_shared],
-                [ownership.pack_duty(duty), answer.duties, counts(_counts(answer)), passed_on(self._hears(rank))],
+                [ownership.pack_duty(duty), answer.duties, counts(pack_counts(answer)), passed_on(self._hears(rank))],
             )
             for rank, (duty, answer) in enumerate(zip(self._duties, answers, strict=True))
         ]
@@ -196,10 +192,10 @@ class Decisions:
             new = [] if self._passed_on is None else self._passed_on.new_in(numbers)
             return squeeze(pack_refs(places[content] for content in new), self._heard(numbers))
 
-        passed_on = _Once(of_passed_on)
+        passed_on = Once(of_passed_on)
         answers = []
         for rank, (announcement, duty) in enumerate(zip(self._announcements, self._duties, strict=True)):
-            announced = pack_refs(places[content] for content, writes in _told(announcement, duty) if not writes)
+            announced = pack_refs(places[content] for content, writes in contents_of(announcement, duty) if not writes)
             answers.append(pack(None, [squeeze(announced, announcement), passed_on(self._hears(rank))]))
         return answers
 
@@ -225,6 +221,9 @@ class Decisions:
         except CommitUnknownError as error:
             # no rank knows more than this one
             return pack(str(error))
+        _known_tables.clear()
+        if sum(map(len, self._reported)) <= MAX_KNOWN_NBYTES:
+            _known_tables.append(_Tables(lease.take_id, tuple(self._group.global_ranks), self._reported))
         repository = lease.repository
         self.opened = Opened(repository, lease.name, ref, StoredManifest(data, repository.read_table))
         return pack(None)
@@ -237,18 +236,30 @@ class Decisions:
         totals = [0] * len(FIGURES)
         chunk_nbytes = 0
         used: set[bytes] = set()
-        for announcement, value in zip(self._announcements, values, strict=True):
-            (figures, nbytes, private, tree_digest), (table, tree, rows) = unpack(value, 3)
+        self._reported = []
+        for rank, (announcement, value) in enumerate(zip(self._announcements, values, strict=True)):
+            (figures, nbytes, private, tree_digest, after), (table, tree, rows) = unpack(value, 3)
             totals = [total + figure for total, figure in zip(totals, figures, strict=True)]
             chunk_nbytes += nbytes
             whole = unsqueeze(tree) if len(tree) else b""
-            assembler.add(assembly.Report(unsqueeze(table, announcement), whole, tree_digest, private, unsqueeze(rows)))
+            self._reported.append(unsqueeze(table, announcement + self._last_table(rank, after)))
+            assembler.add(assembly.Report(self._reported[-1], whole, tree_digest, private, unsqueeze(rows)))
             used.add(tree_digest)
         tables, entries = assembler.build()
         if len(used) <= MAX_KNOWN_TREES:
             _known_trees.clear()
             _known_trees.update((digest, assembler.known[digest]) for digest in used)
         return tables, entries, dict(zip(FIGURES, totals, strict=True)), chunk_nbytes
+
+    def _last_table(self, rank: int, take_id: str | None) -> bytes:
+        """What a rank takes for known: the table that it reported in a take, if it names one."""
+        if take_id is None:
+            return b""
+        if self._tables is None or self._tables.take_id != take_id:
+            raise FormatError(
+                f"rank {rank} refers to what it reported in the take {take_id}, which rank 0 did not name"
+            )
+        return self._tables.tables[rank]
 
     def _head(
         self, lease: TakeSession, totals: dict[str, int], chunk_nbytes: int, user_metadata: dict[str, object]
@@ -267,111 +278,3 @@ class Decisions:
             user_metadata=user_metadata,
             **totals,
         )
-
-
-class _Lists:
-    """One list of every rank, of which equal ones come once.
-
-    Args:
-        known: lists that need not come, by digest.
-    """
-
-    def __init__(self, known: dict[bytes, bytes] | None = None) -> None:
-        self.digests: list[bytes] = []
-        self._found: dict[bytes, bytes] = known or {}
-
-    def hear(self, digests: list[bytes], lists: Sequence[bytes | memoryview]) -> None:
-        """Take in what every rank has sent: nothing, or its list, squeezed."""
-        self.digests = digests
-        for digest, data in zip(digests, lists, strict=True):
-            if len(data) and digest not in self._found:
-                self._found[digest] = unsqueeze(data)
-
-    def missing(self) -> set[int]:
-        """The ranks that are to send theirs: the first of those that have the same."""
-        first = {digest: rank for rank, digest in reversed(list(enumerate(self.digests)))}
-        return {rank for digest, rank in first.items() if digest not in self._found}
-
-    def all(self) -> list[bytes]:
-        """The list of every rank."""
-        return [self._found[digest] for digest in self.digests]
-
-    def of_this_take(self, max_nbytes: int) -> dict[bytes, bytes]:
-        """The different lists by digest; none where they are larger together."""
-        found = {digest: self._found[digest] for digest in self.digests}
-        return found if sum(map(len, found.values())) <= max_nbytes else {}
-
-
-class _Once(Generic[K]):
-    """A function whose results are kept: many ranks get the same."""
-
-    def __init__(self, function: Callable[[K], bytes]) -> None:
-        self._function = function
-        self._results: dict[K, bytes] = {}
-
-    def __call__(self, argument: K) -> bytes:
-        found = self._results.get(argument)
-        if found is None:
-            found = self._results[argument] = self._function(argument)
-        return found
-
-
-def _counts(answer: Answer) -> bytes:
-    return array("I", answer.num_holders).tobytes()
-
-
-def pack_exchange(announcement: bytes, sums: bytes, after: str | None = None, told: bytes = b"") -> bytes:
-    """A rank's message for *exchange*: of a long list, which other ranks may have too, only its digest.
-
-    Args:
-        announcement: what is new to it.
-        sums: of its leaves.
-        after: the take by which ranks have divided their hashing; None where this one has hashed all for itself.
-        told: what it tells of chunks that it has hashed for others.
-    """
-    contents, squeezed = squeeze(announcement), squeeze(sums)
-    limit = MAX_LIST_NBYTES if after is None else MAX_SHARED_LIST_NBYTES
-    return pack(
-        [digest_of(memoryview(announcement)), digest_of(memoryview(sums)), after],
-        [
-            contents if len(contents) <= limit else b"",
-            squeezed if len(squeezed) <= MAX_LIST_NBYTES else b"",
-            squeeze(told, announcement),
-        ],
-    )
-
-
-def pack_lists(announcement: bytes, sums: bytes, asked: Sequence[bool]) -> bytes:
-    """A rank's message for *lists*: those that rank 0 has asked for."""
-    return pack(
-        None, [squeeze(each) if is_asked else b"" for each, is_asked in zip((announcement, sums), asked, strict=True)]
-    )
-
-
-def pack_report(
-    figures: Sequence[int], chunk_nbytes: int, report: assembly.Report, announcement: bytes, known: Collection[bytes]
-) -> bytes:
-    """A rank's message for *durable*.
-
-    Args:
-        figures: in the order of ``FIGURES``.
-        chunk_nbytes: raw bytes of the chunks that count for this rank.
-        report: its tree and its chunks.
-        announcement: what it told in *exchange*: rank 0 knows these digests.
-        known: digests of trees that rank 0 knows.
-    """
-    tree = b"" if report.tree_digest in known else squeeze(report.tree)
-    control = [list(figures), chunk_nbytes, dict(report.private), report.tree_digest]
-    return pack(control, [squeeze(report.table, announcement), tree, squeeze(report.rows)])
-
-
-def _told(announcement: bytes, duty: ownership.Duty) -> Iterator[tuple[ownership.Content, bool]]:
-    """A rank's contents, each with whether it writes it."""
-    return zip(ownership.unpack_contents(announcement), duty.writes, strict=True)
-
-
-def pack_refs(refs: Iterable[ChunkRef]) -> bytes:
-    """Where contents are, as a chunk table."""
-    table = ChunkTableBuilder()
-    table.add(list(refs))
-    return table.build().pack()

@@ -27,8 +27,9 @@ from torchsnapshot.errors import SnapshotError
 from torchsnapshot.format.entries import ContainerEntry
 from torchsnapshot.ranks import agreement, ownership, sharing
 from torchsnapshot.ranks.agreement import Duty
-from torchsnapshot.ranks.group_decisions import Decisions, pack_exchange, pack_lists
+from torchsnapshot.ranks.group_decisions import Decisions
 from torchsnapshot.ranks.group_jobs import HashJob
+from torchsnapshot.ranks.group_messages import pack_exchange, pack_lists
 from torchsnapshot.ranks.ownership import Content
 from torchsnapshot.ranks.replicas import is_declared
 from torchsnapshot.ranks.sharing import Shares, Sharing
@@ -64,6 +65,8 @@ class Agreed:
     """Whether ranks may hash for one another."""
     samples: bool
     """Whether they then compare a sample of what the others hash."""
+    tables_of: str | None
+    """The take of which rank 0 knows every rank's chunk table."""
 
 
 @dataclass(frozen=True, slots=True)

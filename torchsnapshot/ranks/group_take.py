@@ -33,9 +33,10 @@ from torchsnapshot.engine.staging import submit_take, wait_staged, warm_up
 from torchsnapshot.errors import CommitUnknownError, LeaseLostError, SnapshotError
 from torchsnapshot.ranks import assembly, group_exchange
 from torchsnapshot.ranks.agreement import Duty
-from torchsnapshot.ranks.group_decisions import FIGURES, Decisions, pack_refs, pack_report
+from torchsnapshot.ranks.group_decisions import Decisions
 from torchsnapshot.ranks.group_exchange import Agreed, Exchange, Exchanged
 from torchsnapshot.ranks.group_jobs import PutJob, PutPackJob
+from torchsnapshot.ranks.group_messages import FIGURES, pack_refs, pack_report
 from torchsnapshot.ranks.ownership import Content
 from torchsnapshot.ranks.replicas import declared_globs
 from torchsnapshot.ranks.verdict import wait_for_verdict
@@ -53,6 +54,9 @@ from torchsnapshot.taking.plan import SMALL_CHUNK_NBYTES, Chunk, TakePlan, group
 from torchsnapshot.taking.take import TakeOptions, chunk_writer
 
 logger = logging.getLogger(__name__)
+
+_tables_told: dict[str, bytes] = {}
+"""The chunk table that this process has reported in its last take over several ranks, by the take's id."""
 
 _CHECK_SECONDS = 0.5
 """How often a rank that waits for its own work looks whether another one has failed."""
@@ -97,6 +101,7 @@ class GroupTake:
         self._options = options
         self._session: Session | None = None
         self._decisions = Decisions(group, path, options, self.stats)
+        self._table = b""
         self._memories: Mapping[str, history.Remembered] = {}
         self._run: Run | None = None
         self._work: _Work | None = None
@@ -231,6 +236,8 @@ class GroupTake:
         store_id, take_id = work.agreed.repository.store_id, work.agreed.take_id
         history.remember(store_id, history.Remembered.of_plan(take_id, work.plan))
         group_exchange.remember(store_id, work.exchanged.sharing_after(take_id))
+        _tables_told.clear()
+        _tables_told[take_id] = self._table
         warm_up(run)
         self._work = None
         return self._decisions.opened
@@ -271,7 +278,16 @@ class GroupTake:
         }
         report = assembly.report_of(plan, work.exchanged.duties, self._group.rank)
         numbers = [figures[name] for name in FIGURES]
-        return pack_report(numbers, chunk_nbytes, report, work.exchanged.announcement, work.agreed.known_trees)
+        agreed, self._table = work.agreed, report.table
+        last = _tables_told.get(agreed.tables_of or "")
+        return pack_report(
+            numbers,
+            chunk_nbytes,
+            report,
+            work.exchanged.announcement,
+            agreed.known_trees,
+            None if last is None or agreed.tables_of is None else (agreed.tables_of, last),
+        )
 
     def _counts(self, duty: Duty | None) -> bool:
         return duty is Duty.OWN or (duty is Duty.REPLICATED and self._group.rank == 0)
