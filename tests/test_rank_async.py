@@ -58,7 +58,7 @@ class Watcher:
 
     def start(self, label: str, total_nbytes: int | None = None) -> None:
         """A piece of work begins."""
-        if label.startswith("waiting for"):
+        if label.startswith("waiting"):
             self.waits.set()
 
     def advance(self, nbytes: int, items: int = 1) -> None:
