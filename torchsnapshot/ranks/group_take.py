@@ -41,7 +41,6 @@ from torchsnapshot.ranks.ownership import Content
 from torchsnapshot.ranks.replicas import declared_globs
 from torchsnapshot.ranks.verdict import wait_for_verdict
 from torchsnapshot.reading.opening import Opened
-from torchsnapshot.state.app_state import read_state
 from torchsnapshot.stateful import Stateful
 from torchsnapshot.stats import Stats
 from torchsnapshot.store.envelope import ChunkRef, ChunkTable
@@ -50,7 +49,8 @@ from torchsnapshot.store.leases import Evidence, check_lease_is_there, read_cond
 from torchsnapshot.store.locate import open_backend
 from torchsnapshot.store.repository import Repository
 from torchsnapshot.taking import history
-from torchsnapshot.taking.plan import SMALL_CHUNK_NBYTES, Chunk, TakePlan, grouped, plan_take
+from torchsnapshot.taking.plan import SMALL_CHUNK_NBYTES, Chunk, TakePlan, grouped
+from torchsnapshot.taking.planning import TakenState
 from torchsnapshot.taking.take import TakeOptions, chunk_writer
 
 logger = logging.getLogger(__name__)
@@ -125,7 +125,7 @@ class GroupTake:
                 session.leave()
                 return
             with self.stats.phase("state_dict"):
-                nodes = read_state(self._statefuls, self._options.prepare)
+                state = TakenState(self._statefuls, self._options.prepare)
             with self.stats.phase("index"):
                 parent = self._memories.get(agreed.repository.store_id, history.Remembered())
                 known = known_for_take(agreed.repository, agreed.evidence, parent.take_id)
@@ -134,7 +134,9 @@ class GroupTake:
                 small_nbytes = 0 if knobs.is_batching_disabled() else min(SMALL_CHUNK_NBYTES, chunk_nbytes)
                 # cells come from memory, and all ranks must cut alike
                 previous = parent if agreed.is_memory_common else history.Remembered()
-                plan = plan_take(nodes, previous, chunk_nbytes, small_nbytes)
+                plan, _ = state.plan_anew(agreed.repository.store_id, previous, chunk_nbytes, small_nbytes)
+                # it holds the tensors' memory
+                del state
             exchanged = Exchange(
                 session,
                 self._decisions,

@@ -10,7 +10,6 @@ dtype) gets its values through a new tensor. A shape that does not fit is an err
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 
 from torchsnapshot.format.entries import ShardedTensorEntry, TensorEntry
 from torchsnapshot.geometry.grid import whole
+from torchsnapshot.reading.spans import SortedSpans
 from torchsnapshot.state.dtypes import name_of, numpy_name
 from torchsnapshot.state.host_views import memory_span, target_view
 from torchsnapshot.state.sharded import PlacedView, bump_versions, describe, is_dtensor, is_sharded_tensor
@@ -71,7 +71,7 @@ class TargetFinder:
     content: Callable[[TensorEntry | ShardedTensorEntry], object]
     mismatches: list[str] = field(default_factory=list)
     converted: dict[str, tuple[str, str]] = field(default_factory=dict)
-    _spans: list[tuple[str, int, int]] = field(default_factory=list)
+    _spans: SortedSpans = field(default_factory=SortedSpans)
     _holders: dict[tuple[str, int, int], object] = field(default_factory=dict)
 
     def find(self, path: str, entry: TensorEntry | ShardedTensorEntry, current: Any) -> Target | None:
@@ -144,14 +144,12 @@ class TargetFinder:
         content = (entry.dtype, entry.shape, _permutation(entry), strides, self.content(entry))
         if span in self._holders:
             return self._holders[span] == content
-        place = bisect_left(self._spans, span)
-        before = self._spans[place - 1] if place else None
-        after = self._spans[place] if place < len(self._spans) else None
+        before, after = self._spans.around(span)
         if before is not None and before[0] == span[0] and before[2] > span[1]:
             return False
         if after is not None and after[0] == span[0] and after[1] < span[2]:
             return False
-        insort(self._spans, span)
+        self._spans.add(span)
         self._holders[span] = content
         return True
 

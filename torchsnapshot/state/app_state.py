@@ -65,22 +65,6 @@ def random_state_kept(statefuls: Mapping[str, Stateful]) -> Iterator[None]:
         torch.set_rng_state(before)
 
 
-def read_state(statefuls: Mapping[str, Stateful], prepare: PrepareTensor | None = None) -> dict[str, Node]:
-    """Ask every object for its state and flatten it.
-
-    Args:
-        statefuls: what ``check_app_state`` returned.
-        prepare: applied to every tensor; what it returns is stored.
-
-    Returns:
-        The nodes by path, keys in order, parents before children.
-
-    Raises:
-        UnsupportedValueError: values that no snapshot can hold, all of them at once.
-    """
-    return flatten_states(ask_for_states(statefuls), prepare)
-
-
 def ask_for_states(statefuls: Mapping[str, Stateful]) -> dict[str, Any]:
     """Ask every object for its state; in the order of the keys."""
     states: dict[str, Any] = {}
@@ -92,7 +76,18 @@ def ask_for_states(statefuls: Mapping[str, Stateful]) -> dict[str, Any]:
 
 
 def flatten_states(states: Mapping[str, Any], prepare: PrepareTensor | None = None) -> dict[str, Node]:
-    """Flatten what objects said of their states. See ``read_state``."""
+    """Flatten what objects said of their states.
+
+    Args:
+        states: what ``ask_for_states`` returned.
+        prepare: applied to every tensor; what it returns is stored.
+
+    Returns:
+        The nodes by path, keys in order, parents before children.
+
+    Raises:
+        UnsupportedValueError: values that no snapshot can hold, all of them at once.
+    """
     nodes: dict[str, Node] = {}
     problems: list[str] = []
     for key, state in states.items():

@@ -18,6 +18,7 @@ from torchsnapshot.errors import UnsupportedValueError
 from torchsnapshot.geometry.grid import Box, whole
 from torchsnapshot.geometry.layout import contiguous_offset, element_span, permutation_of
 from torchsnapshot.state import dtypes
+from torchsnapshot.state.moves import move
 
 Order = tuple[int, ...] | Literal["own"] | None
 """A permutation, None for C order, or ``"own"``: that of the tensor's memory where it is dense."""
@@ -111,7 +112,7 @@ class HostView:
         if start is None:
             self._copy_out(box, into)
         else:
-            ctypes.memmove(_address(into), self._pointer() + start * self.itemsize, nbytes)
+            move(_address(into), self._pointer() + start * self.itemsize, nbytes)
 
     def scatter(self, box: Box, data: memoryview) -> None:
         """Copy C-contiguous bytes into a box of the tensor: the inverse of ``stage``.
@@ -132,7 +133,7 @@ class HostView:
             assert view is not None
             view[:] = data
         else:
-            ctypes.memmove(self._pointer() + start * self.itemsize, _address(data), nbytes)
+            move(self._pointer() + start * self.itemsize, _address(data), nbytes)
 
     def scatter_part(self, chunk: Box, data: memoryview, part: Box) -> None:
         """Copy a part of C-contiguous bytes into the tensor.

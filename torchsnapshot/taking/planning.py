@@ -48,6 +48,23 @@ class TakenState:
             self._nodes = self._reading.nodes()
         return self._nodes
 
+    def plan_anew(
+        self, store_id: str, previous: Remembered, chunk_nbytes: int, small_nbytes: int
+    ) -> tuple[TakePlan, Structure | None]:
+        """Cut the state into chunks, with a look at every one of them. See ``plan``."""
+        last = structure.recall(store_id)
+        if last is not None:
+            plan = last.plan(self.nodes(), previous, chunk_nbytes, small_nbytes)
+            if plan is not None:
+                self._give_skeleton(last)
+                return plan, last
+        plan = plan_take(self.nodes(), previous, chunk_nbytes, small_nbytes)
+        found = Structure.of(plan, chunk_nbytes, small_nbytes)
+        if found is not None:
+            self._give_skeleton(found)
+        structure.remember(store_id, found)
+        return plan, found
+
     def plan(
         self, store_id: str, previous: Remembered, known: Known, chunk_nbytes: int, small_nbytes: int
     ) -> tuple[TakePlan, Structure | None]:
@@ -64,22 +81,11 @@ class TakenState:
             The plan, and the structure that packs it; None for states that have kinds of leaves without one.
         """
         last = structure.recall(store_id)
-        if last is not None:
-            if self._reading is not None:
-                sizes = (chunk_nbytes, small_nbytes)
-                plan = last.plan_settled(self._reading, previous.take_id, known, sizes)
-                if plan is not None:
-                    return plan, last
-            plan = last.plan(self.nodes(), previous, chunk_nbytes, small_nbytes)
+        if last is not None and self._reading is not None:
+            plan = last.plan_settled(self._reading, previous.take_id, known, (chunk_nbytes, small_nbytes))
             if plan is not None:
-                self._give_skeleton(last)
                 return plan, last
-        plan = plan_take(self.nodes(), previous, chunk_nbytes, small_nbytes)
-        known_structure = Structure.of(plan, chunk_nbytes, small_nbytes)
-        if known_structure is not None:
-            self._give_skeleton(known_structure)
-        structure.remember(store_id, known_structure)
-        return plan, known_structure
+        return self.plan_anew(store_id, previous, chunk_nbytes, small_nbytes)
 
     def _give_skeleton(self, owner: Structure) -> None:
         """See to it that the next state like this one can be read faster."""

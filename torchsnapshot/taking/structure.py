@@ -258,9 +258,10 @@ class Structure:
         columns, last = self._columns, self._settled
         if columns is None or known.origin is None:
             return None
+        before = plan.leaves if last is None else last.leaves
         leaves = [
-            leaf if leaf.is_settled else leaf.settled(template.view)
-            for leaf, template in zip(plan.leaves, self._templates, strict=True)
+            _settled(leaf, old, template)
+            for leaf, old, template in zip(plan.leaves, before, self._templates, strict=True)
         ]
         # another take, begun later, may have committed since this one was planned: then these are not its leaves
         if last is not None and all(map(operator.is_, leaves, last.leaves)):
@@ -271,6 +272,16 @@ class Structure:
             samples = list({ref.key: ref for ref in refs if ref is not None}.values())
         self._settled = _Settled(take_id, known.origin, leaves, samples)
         return leaves
+
+
+def _settled(leaf: Leaf, last: Leaf, template: _Template) -> Leaf:
+    """What a leaf leaves; ``last`` is what the take before has left of it, if that is settled."""
+    if leaf.is_settled:
+        return leaf
+    if last.is_settled and not leaf.chunks and leaf.view is None:
+        # of a value that stands in the manifest nothing is left
+        return last
+    return leaf.settled(template.view)
 
 
 def _take_hashed(reading: Reading, columns: _Columns, leaves: list[Leaf]) -> list[int] | None:
