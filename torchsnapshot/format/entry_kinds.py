@@ -160,6 +160,11 @@ def span_columns(spans: Iterable[Span | None]) -> tuple[bytes, bytes]:
     Args:
         spans: where the chunks of each region are, in the order of the regions; None for one without elements.
     """
+    spans = list(spans)
+    if not any(spans):
+        # what each of many ranks reports of each tensor
+        nothing = bytes(4 * len(spans))
+        return nothing, nothing
     tables, firsts = array("I"), array("I")
     for span in spans:
         tables.append(0 if span is None else span.table)
