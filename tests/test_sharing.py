@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from random import Random
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -12,7 +13,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchsnapshot.coordination.messages import unpack
+from torchsnapshot.coordination.messages import squeeze, unpack, unsqueeze
 from torchsnapshot.errors import FormatError
 from torchsnapshot.geometry.grid import Box, Piece
 from torchsnapshot.ranks import assembly
@@ -175,6 +176,15 @@ def test_ranks_that_remember_different_takes_do_not_share() -> None:
         decisions = Decisions(cast(Any, group), "", cast(Any, None), cast(Any, None))
         messages = [pack_exchange(b"", b"", "take 1", told), pack_exchange(b"", b"", after, told)]
         assert [unpack(answer)[0] for answer in decisions.exchange(messages)] == [["all"], ["all"]]
+
+
+def test_whoever_knows_something_else_notices() -> None:
+    """What is told by what is new to the other side is never put together with something else without an error."""
+    known = Random(0).randbytes(4096)
+    other = known[:2000] + bytes([known[2000] ^ 1]) + known[2001:]
+    assert unsqueeze(squeeze(known, known), known) == known
+    with pytest.raises(FormatError, match="checksum"):
+        unsqueeze(squeeze(known, known), other)
 
 
 def test_a_chunk_table_is_told_by_what_is_new() -> None:

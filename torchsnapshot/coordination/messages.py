@@ -97,7 +97,8 @@ def squeeze(data: bytes | memoryview, known: bytes | memoryview = b"") -> bytes:
         data: what to send.
         known: what the receiver has already; what is equal to a part of it costs next to nothing.
     """
-    return zstandard.ZstdCompressor(level=3, dict_data=_dictionary(known)).compress(data)
+    # with a checksum: if the receiver knows something else, what comes out is not garbage that nobody notices
+    return zstandard.ZstdCompressor(level=3, dict_data=_dictionary(known), write_checksum=True).compress(data)
 
 
 def unsqueeze(data: bytes | memoryview, known: bytes | memoryview = b"") -> bytes:
