@@ -14,6 +14,7 @@ from torchsnapshot import Snapshot
 from torchsnapshot.chunks import bases
 from torchsnapshot.chunks.codecs import decode_into
 from torchsnapshot.chunks.encoded import read_header
+from torchsnapshot.engine import meter
 from torchsnapshot.format.entries import Entry, StoredManifest, spans_of
 from torchsnapshot.reading.opening import open_snapshot
 from torchsnapshot.store import known
@@ -27,6 +28,7 @@ def new_process() -> None:
     history.forget()
     known.forget()
     bases.forget()
+    meter.forget()
     structure.forget()
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import _thread
 import itertools
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -108,6 +108,26 @@ def test_every_job_is_carried_once(record: Record, mode: Mode, num_workers: int,
     assert run.done
     assert run.error is None
     assert sorted(record.staged) == sorted(record.finished) == list(range(50))
+
+
+@pytest.mark.parametrize("mode", Mode)
+def test_workers_join_when_others_go_on_to_finish(record: Record, mode: Mode) -> None:
+    """A run that begins with one worker has as many as it may have once that many finish at once."""
+    together = threading.Barrier(4)
+    jobs = [Numbered(record, number, in_finish=together.wait) for number in range(8)]
+    assert submit(jobs, num_workers=4, num_first=1, mode=mode, pool=record.pool).wait()
+    assert sorted(record.finished) == list(range(8))
+
+
+def test_jobs_that_need_no_finish_bring_no_workers(record: Record) -> None:
+    """Jobs that only compute are carried by the first workers alone."""
+    threads: set[int] = set()
+    jobs = [
+        Numbered(record, number, needs_finish=False, in_stage=lambda: threads.add(threading.get_ident()))
+        for number in range(50)
+    ]
+    assert submit(jobs, num_workers=8, num_first=1, pool=record.pool).wait()
+    assert len(threads) == 1
 
 
 def test_no_jobs_is_done_at_once(pool: BufferPool) -> None:
@@ -328,9 +348,9 @@ class TestCancel:
             while frame is not None:
                 names.append(frame.f_code.co_name)
                 frame = frame.f_back
-            if names[:2] == ["wait", "_wait"] and not interrupted:
+            if main is not None and names[:2] == ["wait", "_wait"] and not interrupted:
                 interrupted.append(True)
-                _thread.interrupt_main()
+                signal.pthread_kill(main, signal.SIGINT)
 
         endless = (Numbered(record, number, in_stage=interrupt_when_waiting) for number in itertools.count())
         run = submit(endless, num_workers=2, pool=record.pool)

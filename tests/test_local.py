@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from backend_contract import page_aligned
 
+from torchsnapshot.engine.buffers import map_pages
 from torchsnapshot.errors import (
     CredentialsError,
     KeyAbsentError,
@@ -122,6 +123,35 @@ class TestOrder:
         ]
         assert all(call[1] == temp for call in calls if call[0] in ("pwrite", "pwritev", "ftruncate"))
         assert temporary_files(backend) == []
+
+    @pytest.mark.parametrize("nbytes", [4 << 20, NBYTES, 1000])
+    def test_later_puts_are_durable_after_sync(self, backend: LocalBackend, calls: list[Call], nbytes: int) -> None:
+        """``sync`` fsyncs the file and its folder; what the page cache holds is fsynced by the put that wrote it."""
+        backend.put(blob()[1], b"")
+        key = blob()[1]
+        target = os.path.join(backend.root, key)
+        calls.clear()
+        backend.put_later(key, page_aligned(nbytes), aligned=True)
+        was_synced = [call for call in calls if call[0] == "fsync"]
+        assert was_synced in ([], [("fsync", calls[0][1])])
+        if nbytes < 1 << 20 or not backend._writer._direct:
+            assert was_synced
+        assert bytes(backend.read(key)) == bytes(page_aligned(nbytes))
+        calls.clear()
+        backend.sync([key])
+        assert [call for call in calls if call[0] == "fsync"] == [
+            ("fsync", target),
+            ("fsync", os.path.dirname(target)),
+        ]
+
+    def test_sync_of_what_is_gone_is_an_error(self, backend: LocalBackend) -> None:
+        """A blob that somebody has removed before it was durable is no blob."""
+        here, gone = blob()[1], blob()[1]
+        for key in (here, gone):
+            backend.put_later(key, page_aligned(4 << 20), aligned=True)
+        backend.delete([gone])
+        with pytest.raises(StoreError):
+            backend.sync([here, gone])
 
     def test_new_folders_are_durable(self, backend: LocalBackend, calls: list[Call]) -> None:
         """The parent of every folder just made is fsynced after it was made, ROOT's own parent included."""
@@ -338,6 +368,45 @@ class TestDirect:
             backend.put(key, data, aligned=True)
             assert backend.read(key) == data
         assert len(refusals) == 1
+
+    @pytest.mark.parametrize("cached", [False, True])
+    @pytest.mark.parametrize("nbytes", [4 << 20, NBYTES])
+    @pytest.mark.parametrize("start", [0, 4096, 5000])
+    def test_direct_reads_give_what_cached_ones_give(
+        self, backend: LocalBackend, cached: bool, nbytes: int, start: int
+    ) -> None:
+        """Past the page cache or from it, whole files or parts of them: the same bytes, and nothing beyond them."""
+        content = os.urandom(nbytes)
+        backend.put("warm/key", content)
+        with open(os.path.join(backend.root, "warm", "key"), "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            if cached:
+                file.read()
+        memory = map_pages(nbytes)
+        wanted = nbytes - start - 3
+        backend.read_into("warm/key", start, memory[:wanted], aligned=True)
+        assert memory[:wanted] == content[start : start + wanted]
+        with pytest.raises(StoreError, match="too short"):
+            backend.read_into("warm/key", start, map_pages(nbytes + 1)[: nbytes + 1 - start], aligned=True)
+
+    def test_refused_direct_read(self, backend: LocalBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A filesystem that refuses direct reads gives the same bytes through the cache, and isn't asked again."""
+        content = os.urandom(NBYTES)
+        backend.put("warm/key", content)
+        monkeypatch.setattr(backend._reader, "_is_cached", lambda *_: False)
+        real = fcntl.fcntl
+
+        def refuse(file: int, command: int, flags: int = 0) -> int:
+            if command == fcntl.F_SETFL and flags:
+                raise OSError(errno.EINVAL, "no direct I/O here")
+            return real(file, command, flags)
+
+        monkeypatch.setattr(fcntl, "fcntl", refuse)
+        memory = map_pages(NBYTES)
+        backend.read_into("warm/key", 0, memory[:NBYTES], aligned=True)
+        assert memory[:NBYTES] == content
+        assert not backend._reader._direct
 
     def test_short_direct_write(self, backend: LocalBackend, monkeypatch: pytest.MonkeyPatch) -> None:
         """What a direct write leaves over is written through the cache."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchsnapshot.engine.meter import MARGIN, MIN_PUTS, PROBE_EVERY, EncodingMeter
+from torchsnapshot.engine.meter import MARGIN, MIN_PUTS, PROBE_EVERY, EncodingMeter, forget, meter_of
 
 MIB = 1 << 20
 
@@ -123,13 +123,16 @@ def test_delta_against_raw_pays_for_all_of_it() -> None:
 
 
 def test_base_is_read_where_its_gain_pays_for_it() -> None:
-    """What is not known is found out; else reading must cost less than the puts that it saves, but for probes."""
+    """What a read costs is found out; then it must cost less than the puts that it saves, but for probes."""
     meter = measured(put=0.01)
     assert meter.wants_base(0.0)
     meter.record_base_read(MIB, 0.004)
     assert meter.wants_base(0.5)
     assert not meter.wants_base(0.3)
+    assert not meter.wants_base(None)
+    meter.record_base_read(20 * MIB, 0.0)
     assert meter.wants_base(None)
+    meter.record_base_read(MIB, 100.0)
     assert sum(meter.wants_base(0.0) for _ in range(2 * PROBE_EVERY)) == 2
 
 
@@ -153,3 +156,30 @@ def test_background_takes_encode_more_readily() -> None:
         assert [ask(meter, 1) == 1 for meter in meters] == [waiting, nobody]
         deltas = [measured(put / 10, in_background=background) for background in (False, True)]
         assert deltas[1].wants_delta(4, 0.8, 0.6) or not deltas[0].wants_delta(4, 0.8, 0.6)
+
+
+# ------------------------------------------------------------------ what a process remembers
+
+
+def test_local_stores_begin_raw() -> None:
+    """On a disk nothing is encoded but probes, seldom and seldomer, until one was measured; then the rule decides."""
+    meter = EncodingMeter(begins_raw=True)
+    assert [number for number in range(1, 20) if meter.wants_encoding(4)] == [1, 2, 4, 8, 16]
+    for _ in range(MIN_PUTS):
+        meter.record_put(MIB, 0.1)
+    assert ask(meter, 1) == 0
+    meter.record_encode(4, MIB, MIB // 2, 0.001)
+    assert ask(meter) == PROBE_EVERY
+
+
+def test_what_was_measured_lasts_until_the_next_take() -> None:
+    """Takes onto one disk share a meter; other disks and background takes have their own."""
+    forget()
+    mine = meter_of("disk", is_local=True, in_background=False)
+    assert meter_of("disk", is_local=True, in_background=False) is mine
+    assert meter_of("disk", is_local=True, in_background=True) is not mine
+    assert meter_of("other", is_local=True, in_background=False) is not mine
+    feed(mine, MIN_PUTS, encode=0.001, put=0.1)
+    assert ask(meter_of("disk", is_local=True, in_background=False)) == PROBE_EVERY
+    forget()
+    assert meter_of("disk", is_local=True, in_background=False) is not mine

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from torchsnapshot.chunks.codecs import WORTHWHILE, Effort, Scheme, borrow_scratch, choose, decode_into, encode
+from torchsnapshot.chunks.codecs import WORTHWHILE, Effort, Scheme, borrow_scratch, choose, decode_into, encode, peek
 from torchsnapshot.chunks.encoded import WIDTHS, read_header
 from torchsnapshot.chunks.reader import digest_of
 from torchsnapshot.engine.buffers import BufferPool
@@ -39,6 +39,8 @@ CLEARLY_SMALLER: Final = 0.95
 _MIN_ENCODED_NBYTES = {"auto": 32 << 10, "smallest": 1 << 10}
 # what shrinks to this (zeros, constants, counters) is encoded however fast the store is
 _ALWAYS_WORTHWHILE = 0.25
+# a chunk of which a few kilobytes take more than this is not one of those
+_NOT_WORTH_A_LOOK = 0.6
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +105,9 @@ class ChunkCoder:
         width = codec_width(width, raw.nbytes)
         gain: float | None = None
         with borrow_scratch() as scratch:
+            is_wanted = self._encoding == "smallest" or self._meter.wants_encoding(width)
+            if not is_wanted and against is None and peek(raw, scratch) > _NOT_WORTH_A_LOOK:
+                return Coded(0, Form.RAW, 1)
             scheme = choose(raw, width, self._effort, scratch)
             base: memoryview | None = None
             if against is not None:
@@ -110,7 +115,8 @@ class ChunkCoder:
                 gain = min(scheme.fraction, 1.0) - delta.fraction
                 if self._is_delta_wanted(scheme, delta, against):
                     scheme, base = delta, against.raw
-            if scheme.fraction > WORTHWHILE or (base is None and not self._is_wanted(scheme)):
+            is_wanted |= scheme.fraction <= _ALWAYS_WORTHWHILE
+            if scheme.fraction > WORTHWHILE or (base is None and not is_wanted):
                 return Coded(0, Form.RAW, 1, gain)
             is_delta = base is not None
             begin = self._clock()
@@ -123,11 +129,6 @@ class ChunkCoder:
             self._report(raw.nbytes, width)
             return Coded(0, Form.RAW, 1, gain)
         return Coded(nbytes, Form.DELTA if is_delta else Form.ENCODED, width, gain)
-
-    def _is_wanted(self, scheme: Scheme) -> bool:
-        if self._encoding == "smallest" or scheme.fraction <= _ALWAYS_WORTHWHILE:
-            return True
-        return self._meter.wants_encoding(scheme.width)
 
     def _is_delta_wanted(self, alone: Scheme, delta: Scheme, against: Against) -> bool:
         if delta.fraction > min(alone.fraction, 1.0) * CLEARLY_SMALLER or delta.fraction >= against.average:

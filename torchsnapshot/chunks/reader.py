@@ -62,11 +62,19 @@ def digest_of(memory: memoryview) -> bytes:
 
 
 class ChunkReader:
-    """Reads chunks and proves them. Any thread may call it."""
+    """Reads chunks and proves them. Any thread may call it.
 
-    def __init__(self, store: BlobStore, *, pool: BufferPool | None = None) -> None:
+    Args:
+        store: where blobs are.
+        pool: where buffers come from; the process's own by default.
+        is_alone: no other process of this host is likely to want the same bytes; else they are read by way of the page
+            cache, so that the disk is asked once for all.
+    """
+
+    def __init__(self, store: BlobStore, *, pool: BufferPool | None = None, is_alone: bool = True) -> None:
         self._store = store
         self._pool = pool or shared_pool()
+        self._is_alone = is_alone
 
     def read_into(self, ref: ChunkRef, out: memoryview, *, path: str = "", aligned: bool = False) -> None:
         """Fill ``out`` with the chunk's raw bytes.
@@ -85,7 +93,7 @@ class ChunkReader:
         """
         if out.nbytes != ref.nbytes:
             raise ValueError(f"a chunk of {ref.nbytes} bytes cannot be read into {out.nbytes} bytes")
-        aligned = aligned or _may_be_direct(out)
+        aligned = self._is_alone and (aligned or _may_be_direct(out))
         chain = _chain(ref)
         problem = self._read_chain(chain, out, aligned) and self._read_chain(chain, out, aligned)
         if problem:
@@ -99,7 +107,7 @@ class ChunkReader:
             What ``read_into`` raises; nothing is checked yet.
         """
         try:
-            self._store.read_blob_into(ref.key, start, buffer, aligned=_may_be_direct(buffer))
+            self._store.read_blob_into(ref.key, start, buffer, aligned=self._is_alone and _may_be_direct(buffer))
         except StoreError as error:
             raise self._explain(ref.key, start + buffer.nbytes, error) from error
 
@@ -125,7 +133,8 @@ class ChunkReader:
                     buffer = self._pool.acquire(ref.stored_nbytes)
                     stored = buffer.memory(ref.stored_nbytes)
                 try:
-                    self._store.read_blob_into(ref.key, ref.offset, stored, aligned=aligned or buffer is not None)
+                    may_be_direct = aligned if buffer is None else self._is_alone
+                    self._store.read_blob_into(ref.key, ref.offset, stored, aligned=may_be_direct)
                 except StoreError as error:
                     return self._explain(ref.key, ref.offset + ref.stored_nbytes, error)
                 problem = _unpack(ref, stored, out, has_base=depth > 0)

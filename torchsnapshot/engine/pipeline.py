@@ -16,6 +16,9 @@ Invariants:
 - Buffers lent to a run never exceed its budget, except for one job that alone is larger than the budget.
 - The first error wins: no further step of that run begins, steps that run already come to their end, every buffer
   goes back to the pool, and ``wait`` raises that error.
+- A run whose jobs compute first and wait for the store then begins with few workers: those that only compute would
+  take turns on the cores and at the interpreter's lock. When one goes on to ``finish``, another one joins.
+- Whoever waits for a run is woken once, at its end or when all is staged, not by every job.
 - Worker threads belong to one run, end with it, and are no daemons: an idle process has none of them, and an
   interpreter that exits joins them (a run that nobody waited for is carried to its end). A thread costs some 50 µs to
   start; what is worth keeping from run to run, the memory, is kept.
@@ -74,13 +77,19 @@ class Job(Protocol):
 class Run:
     """Jobs in flight. Made by ``submit``."""
 
-    def __init__(self, jobs: Iterable[Job], budget: int, mode: Mode, pool: BufferPool) -> None:
+    def __init__(self, jobs: Iterable[Job], budget: int, mode: Mode, pool: BufferPool, max_workers: int) -> None:
         self._jobs: Iterator[Job] = iter(jobs)
         self._budget = budget
         self._mode = mode
         self._pool = pool
+        self._max_workers = max_workers
+        self._number = next(_run_numbers)
+        self._num_started = 0
         self._process = os.getpid()
-        self._changed = threading.Condition(threading.Lock())
+        lock = threading.Lock()
+        # one lock: what workers wait for, and what those who wait for the run do
+        self._changed = threading.Condition(lock)
+        self._settled = threading.Condition(lock)
         self._head: Job | None = None
         self._exhausted = False
         self._staged: deque[tuple[Job, Buffer | None]] = deque()
@@ -138,17 +147,17 @@ class Run:
         self._check_process()
         deadline = None if timeout is None else monotonic() + timeout
         try:
-            with self._changed:
+            with self._settled:
                 while not (self._live_workers == 0 or (staged and self._all_staged())):
                     left = None if deadline is None else deadline - monotonic()
                     if left is not None and left <= 0:
                         return False
-                    self._changed.wait(left)
+                    self._settled.wait(left)
         except BaseException:
             self.cancel()
-            with self._changed:
+            with self._settled:
                 while self._live_workers:
-                    self._changed.wait()
+                    self._settled.wait()
             raise
         if self._error is not None:
             raise self._error
@@ -189,11 +198,10 @@ class Run:
     # --- the workers' side
 
     def start(self, num_workers: int) -> None:
-        """Start the worker threads. ``submit`` calls it, once."""
-        number = next(_run_numbers)
-        self._live_workers = num_workers
+        """Start the first worker threads. ``submit`` calls it, once."""
+        self._live_workers = self._num_started = num_workers
         for index in range(num_workers):
-            thread = threading.Thread(target=self._work, name=f"torchsnapshot-{number}-{index}", daemon=False)
+            thread = self._thread(index)
             try:
                 thread.start()
             except RuntimeError as error:
@@ -209,10 +217,37 @@ class Run:
                 self._stop(error)
                 raise
 
+    def _thread(self, index: int) -> threading.Thread:
+        return threading.Thread(target=self._work, name=f"torchsnapshot-{self._number}-{index}", daemon=False)
+
+    def _start_another(self) -> None:
+        """A worker is about to wait for the store: where work is left, another one takes the core."""
+        if self._num_started >= self._max_workers:
+            return
+        with self._changed:
+            is_left = self._staged or self._head is not None or not self._exhausted
+            if self._stopping or not is_left or self._num_started >= self._max_workers:
+                return
+            index = self._num_started
+            self._num_started += 1
+            self._live_workers += 1
+        try:
+            self._thread(index).start()
+        except RuntimeError:
+            # no more threads: those that run carry the rest
+            self._max_workers = 0
+            self._discount_workers(1)
+
     def _discount_workers(self, count: int) -> None:
         with self._changed:
             self._live_workers -= count
             self._changed.notify_all()
+            self._tell_waiters()
+
+    def _tell_waiters(self) -> None:
+        """With the lock held: wake those who wait for the run, if what they wait for may have come."""
+        if self._live_workers == 0 or self._all_staged():
+            self._settled.notify_all()
 
     def _work(self) -> None:
         try:
@@ -235,6 +270,7 @@ class Run:
             if not lowered and self._all_staged():
                 lowered = True
                 lower_priority()
+            self._start_another()
             try:
                 job.finish(buffer)
             finally:
@@ -252,9 +288,11 @@ class Run:
                 with self._changed:
                     self._num_staging -= 1
                     self._changed.notify_all()
+                    self._tell_waiters()
             if not more:
                 return
             if self._mode is Mode.THROUGH:
+                self._start_another()
                 job.finish(buffer)
                 return
             with self._changed:
@@ -283,6 +321,7 @@ class Run:
                 if self._head is None and not self._exhausted:
                     self._head = next(self._jobs, None)
                     self._exhausted = self._head is None
+                    self._tell_waiters()
                 job = self._head
                 if job is not None:
                     nbytes = size_class(job.nbytes) if job.nbytes else 0
@@ -303,6 +342,7 @@ def submit(
     jobs: Iterable[Job],
     *,
     num_workers: int,
+    num_first: int | None = None,
     budget: int = DEFAULT_BUDGET_NBYTES,
     mode: Mode = Mode.THROUGH,
     pool: BufferPool | None = None,
@@ -313,6 +353,7 @@ def submit(
         jobs: taken one after the other, while the run's lock is held; an error of the iterator fails the run.
         num_workers: worker threads: as many as there are CPUs for local work; a remote store wants as many as it wants
             requests in flight.
+        num_first: how many of them to begin with; each job that goes on to ``finish`` brings another one. None: all.
         budget: bytes of buffers that the run may hold at once. The pool keeps as much for the next run.
         mode: see the module's docstring.
         pool: where buffers come from; the process's own by default.
@@ -322,14 +363,16 @@ def submit(
     """
     if num_workers < 1:
         raise ValueError(f"num_workers must be at least 1, not {num_workers}")
+    if num_first is not None and num_first < 1:
+        raise ValueError(f"num_first must be at least 1, not {num_first}")
     if budget < 1:
         raise ValueError(f"budget must be at least 1 byte, not {budget}")
     pool = pool or shared_pool()
     pool.keep(budget)
-    run = Run(jobs, budget, mode, pool)
     if isinstance(jobs, (list, tuple)):
         num_workers = min(num_workers, len(jobs))
-    run.start(num_workers)
+    run = Run(jobs, budget, mode, pool, num_workers)
+    run.start(min(num_workers, num_first or num_workers))
     return run
 
 

@@ -59,7 +59,8 @@ def submit_take(jobs: Sequence[Job], *, concurrency: int, in_background: bool, p
         allowed = _allowed(wanted, pool)
         budget = staging_budget(allowed, budget, pool.warm_nbytes(wanted))
     mode = Mode.STAGE_FIRST if in_background else Mode.THROUGH
-    return submit(jobs, num_workers=num_workers, budget=budget, mode=mode, pool=pool)
+    num_first = min(num_workers, knobs.get_num_threads())
+    return submit(jobs, num_workers=num_workers, num_first=num_first, budget=budget, mode=mode, pool=pool)
 
 
 def wait_staged(run: Run, timeout: float | None = None) -> bool:

@@ -164,7 +164,8 @@ class Reading:
                     target.note_write()
 
     def _read(self, budget_nbytes: int | None) -> None:
-        jobs = list(read_jobs(self._wanted.values(), ChunkReader(self._repository), Counters(self.stats)))
+        reader = ChunkReader(self._repository, is_alone=knobs.get_local_world_size() == 1)
+        jobs = list(read_jobs(self._wanted.values(), reader, Counters(self.stats)))
         for sink, share, data in self._inline:
             sink.scatter(share, memoryview(data))
         if jobs:

@@ -74,6 +74,12 @@ class Backend(ABC):
     concurrency: int = 8
     """How many requests in flight this backend profits from."""
 
+    @property
+    def device(self) -> str:
+        """What holds the bytes, such that all below it is as fast: a disk, a bucket."""
+        scheme, separator, rest = self.url.partition("://")
+        return f"{scheme}{separator}{rest.partition('/')[0]}" if separator else self.url
+
     @abstractmethod
     def put(self, key: str, data: Buffer, *, if_absent: bool = False, aligned: bool = False) -> None:
         """Store ``data`` under ``key``, atomically and durably.
@@ -88,6 +94,21 @@ class Backend(ABC):
 
         Raises:
             KeyExistsError, StoreFullError, ReadOnlyError, StoreError.
+        """
+
+    def put_later(self, key: str, data: Buffer, *, aligned: bool = False) -> None:
+        """``put``, but the object need not be durable before ``sync`` has been told of it and has returned.
+
+        For many objects, which nothing refers to before then: a disk makes them durable together for little more than
+        one of them costs.
+        """
+        self.put(key, data, aligned=aligned)
+
+    def sync(self, keys: Iterable[str]) -> None:  # noqa: B027 (most have made them durable already)
+        """Make durable what ``put_later`` has stored under these keys.
+
+        Raises:
+            StoreError: at least one of them may not be durable; that is final.
         """
 
     @abstractmethod

@@ -34,11 +34,10 @@ from torchsnapshot.store.keys import (
     parse_manifest_name,
 )
 from torchsnapshot.store.local_errors import translate
-from torchsnapshot.store.mounts import Coherence, Mount, find_mount
-from torchsnapshot.store.posix import FileWriter, fsync, fsync_folder, make_folder
+from torchsnapshot.store.mounts import Coherence, Mount, device_of, find_mount
+from torchsnapshot.store.posix import FileReader, FileWriter, fsync, fsync_folder, link, make_folder, unlink_quietly
 
 _PUT_ATTEMPTS = 5
-_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
 class LocalBackend(Backend):
@@ -62,12 +61,34 @@ class LocalBackend(Backend):
         self._counter = itertools.count()
         self._names = DurableNames(self.root, os.path.join(self.root, STORE_FOLDER), self._blobs_folder)
         self._writer = FileWriter()
+        self._reader = FileReader()
         self._mount: Mount | None = None
+
+    @property
+    def device(self) -> str:
+        """See ``Backend.device``. ROOT itself may not be there yet."""
+        return f"device {device_of(self.root)}"
 
     # ---- writing
 
     def put(self, key: str, data: Buffer, *, if_absent: bool = False, aligned: bool = False) -> None:
         """See ``Backend.put``."""
+        self._put(key, data, if_absent, aligned, later=False)
+
+    def put_later(self, key: str, data: Buffer, *, aligned: bool = False) -> None:
+        """See ``Backend.put_later``. Each fsync makes the drive empty its cache, which holds up the other writes."""
+        self._put(key, data, False, aligned, later=self._is_on_local_disk())
+
+    def sync(self, keys: Iterable[str]) -> None:
+        """See ``Backend.sync``."""
+        if not self.durable:
+            return
+        try:
+            self._names.settle_files([self._path(key) for key in keys])
+        except OSError as error:
+            raise translate(error, self.url, "sync", "", writing=True) from error
+
+    def _put(self, key: str, data: Buffer, if_absent: bool, aligned: bool, *, later: bool) -> None:
         target = self._path(key)
         view = memoryview(data).cast("B")
         # Without fsync the page cache takes the bytes at memory speed: direct I/O would only wait for the disk.
@@ -77,7 +98,7 @@ class LocalBackend(Backend):
         failure: OSError | None = None
         for _ in range(_PUT_ATTEMPTS):
             try:
-                self._put_once(key, temp_folder, target, view, if_absent, durable, direct)
+                self._put_once(key, temp_folder, target, view, if_absent, durable, direct, later)
                 return
             except FileExistsError as error:
                 raise KeyExistsError(f"{self.url}: key {key!r} is taken already") from error
@@ -107,6 +128,7 @@ class LocalBackend(Backend):
         if_absent: bool,
         durable: bool,
         direct: bool,
+        later: bool,
     ) -> None:
         if durable and not os.path.isdir(os.path.dirname(target)):
             # the rename would say so too, but only after the fsync
@@ -115,19 +137,21 @@ class LocalBackend(Backend):
         file = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
         try:
             try:
-                self._writer.write(file, view, direct=direct)
-                if durable:
+                all_direct = self._writer.write(file, view, direct=direct)
+                # of a failed write out of the page cache only this descriptor is sure to hear
+                if durable and not (later and all_direct):
                     fsync(file)
             finally:
                 os.close(file)  # NFS reports a failed write-back here: it is not swallowed
+            durable = durable and not later
             unsettled = self._names.unsettled(os.path.dirname(target)) if durable else []
-            if not (if_absent and _link(temp, target)):
+            if not (if_absent and link(temp, target)):
                 os.rename(temp, target)
         except BaseException:
-            _unlink_quietly(temp)
+            unlink_quietly(temp)
             raise
         if if_absent:
-            _unlink_quietly(temp)
+            unlink_quietly(temp)
         if durable:
             self._names.settle(os.path.dirname(target), unsettled)
 
@@ -135,6 +159,9 @@ class LocalBackend(Backend):
         """Whether a power loss may take the object. Not on a network: there others go on when this machine stops."""
         if not key.startswith(f"{LEASES_FOLDER}/") and key.rpartition("/")[2] != SIGNPOST:
             return False
+        return self._is_on_local_disk()
+
+    def _is_on_local_disk(self) -> bool:
         if self._mount is None:
             self._mount = find_mount(self.root)
         return self._mount.coherence is Coherence.LOCAL
@@ -196,12 +223,9 @@ class LocalBackend(Backend):
         """See ``Backend.read_into``."""
         view = buffer.cast("B")
         with self._open(key) as file:
-            done = 0
-            while done < view.nbytes:
-                num_read = os.preadv(file.number, [view[done:]], start + done)
-                if num_read == 0:
-                    raise self._short(key, start, view.nbytes, done)
-                done += num_read
+            done = self._reader.read(file.number, view, start, direct=aligned)
+            if done < view.nbytes:
+                raise self._short(key, start, view.nbytes, done)
 
     def stat(self, key: str) -> ObjectInfo:
         """See ``Backend.stat``."""
@@ -358,27 +382,3 @@ class _OpenFile:
 
 def _is_in_store(key: str) -> bool:
     return key == STORE_FOLDER or key.startswith(STORE_FOLDER + "/")
-
-
-def _link(temp: str, target: str) -> bool:
-    """Link ``temp`` as ``target``; False where the filesystem has no links, ``FileExistsError`` where it is taken."""
-    try:
-        os.link(temp, target, follow_symlinks=False)
-    except FileExistsError:
-        if os.stat(temp).st_nlink == 1:
-            raise
-        # the reply to our own link was lost (NFS): the name is ours
-    except OSError as error:
-        if error.errno not in _NO_LINKS:
-            raise
-        if os.path.lexists(target):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target) from error
-        return False
-    return True
-
-
-def _unlink_quietly(temp: str) -> None:
-    try:
-        os.unlink(temp)
-    except OSError:
-        pass  # it was renamed already, or a collector takes it

@@ -154,9 +154,17 @@ class Repository:
 
     # blobs
 
-    def put_blob(self, key: str, data: Buffer, *, aligned: bool = False) -> None:
-        """Store a blob under a key that no other content ever has. Durable on return."""
-        self.backend.put(_blob(key), data, aligned=aligned)
+    def put_blob(self, key: str, data: Buffer, *, aligned: bool = False, later: bool = False) -> None:
+        """Store a blob under a key that no other content ever has.
+
+        Durable on return; with ``later``, when ``sync_blobs`` has been told of it and has returned.
+        """
+        put = self.backend.put_later if later else self.backend.put
+        put(_blob(key), data, aligned=aligned)
+
+    def sync_blobs(self, keys: Iterable[str]) -> None:
+        """Make durable what ``put_blob`` has stored under these keys."""
+        self.backend.sync([_blob(key) for key in keys])
 
     def blob_nbytes(self, key: str) -> int | None:
         """The stored size of a blob, None where it is absent. One request."""

@@ -16,8 +16,9 @@ from typing import Any, Literal, get_args
 
 from torchsnapshot import knobs
 from torchsnapshot.chunks.bases import bases_of
+from torchsnapshot.chunks.reader import BlobStore
 from torchsnapshot.chunks.writer import ChunkWriter, Encoding
-from torchsnapshot.engine.meter import EncodingMeter
+from torchsnapshot.engine.meter import meter_of
 from torchsnapshot.engine.pipeline import Run
 from torchsnapshot.engine.staging import submit_take, wait_staged, warm_up
 from torchsnapshot.format.entries import (
@@ -38,6 +39,7 @@ from torchsnapshot.store.envelope import Head, PackedSection, join_manifest, pac
 from torchsnapshot.store.known import Known, known_for_take
 from torchsnapshot.store.leases import TakeSession, start_take
 from torchsnapshot.store.locate import place_for_take
+from torchsnapshot.store.pending_blobs import PendingBlobs
 from torchsnapshot.store.repository import Repository
 from torchsnapshot.taking import history
 from torchsnapshot.taking.plan import SMALL_CHUNK_NBYTES, TakePlan, build_entries
@@ -108,20 +110,29 @@ def open_take(path: str, statefuls: Mapping[str, Stateful], options: TakeOptions
 
 
 def chunk_writer(
-    repository: Repository, take_id: str, rank: int, encoding: Encoding, *, in_background: bool
+    repository: Repository,
+    take_id: str,
+    rank: int,
+    encoding: Encoding,
+    *,
+    in_background: bool,
+    blobs: BlobStore | None = None,
 ) -> ChunkWriter:
-    """What stores the new chunks of one take of one rank, with what the process knows of bases."""
-    bases = bases_of(repository.store_id)
+    """What stores the new chunks of one take of one rank, with what the process knows of bases.
+
+    ``blobs``: where they go, if not right into the repository.
+    """
+    bases, backend = bases_of(repository.store_id), repository.backend
     if encoding != "raw":
         bases.begin_take(knobs.get_base_memory_bytes(bases.held_nbytes))
     return ChunkWriter(
-        repository,
+        blobs or repository,
         take_id,
         rank,
         encoding,
-        meter=EncodingMeter(in_background=in_background),
+        meter=meter_of(backend.device, is_local=backend.is_local, in_background=in_background),
         bases=bases,
-        reads_bases=repository.backend.is_local,
+        reads_bases=backend.is_local,
     )
 
 
@@ -135,6 +146,7 @@ class _Work:
     known: Known
     plan: TakePlan
     writer: ChunkWriter
+    blobs: PendingBlobs
     run: Run
 
 
@@ -176,13 +188,16 @@ class Take:
             assert self._state is not None
             plan, self._structure = self._state.plan(repository.store_id, previous, known, chunk_nbytes, small_nbytes)
             self._state = None
-            writer = chunk_writer(repository, session.take_id, 0, self._options.encoding, in_background=in_background)
+            blobs, encoding = PendingBlobs(repository), self._options.encoding
+            writer = chunk_writer(repository, session.take_id, 0, encoding, in_background=in_background, blobs=blobs)
         jobs: list[ChunkJob | GroupJob] = [GroupJob(group, known, writer) for group in plan.groups]
-        jobs.extend(ChunkJob(chunk, known, writer) for chunk in plan.large)
+        # what changed last time has to be written, most likely: the sooner that begins, the more work it overlaps with
+        large = sorted(plan.large, key=lambda chunk: not chunk.changed_last_time)
+        jobs.extend(ChunkJob(chunk, known, writer) for chunk in large)
         with stats.phase("stage" if in_background else "write"):
             run = self._run = submit_take(jobs, concurrency=repository.backend.concurrency, in_background=in_background)
             wait_staged(run) if in_background else run.wait()
-        self._work = _Work(session, parent, previous, known, plan, writer, run)
+        self._work = _Work(session, parent, previous, known, plan, writer, blobs, run)
 
     def commit(self) -> Opened:
         """Wait until every blob is durable, put the manifest, commit.
@@ -200,6 +215,8 @@ class Take:
             lonely = lonely_chunks(work.plan)
             if lonely and not work.previous.equals(work.plan):
                 move(lonely, self.repository, work.writer)
+            # no manifest names a blob before this has returned
+            work.blobs.sync()
         with self.stats.phase("commit"):
             # takes of one path commit in the order of their starts, and so do their commit times
             work.session.wait_turn()
