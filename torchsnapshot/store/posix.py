@@ -10,7 +10,6 @@ pages which earlier questions have left there do not pass for the whole range.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import mmap
@@ -115,8 +114,7 @@ class FileReader:
             file: open for reading, at no position that matters.
             view: where to.
             start: in bytes.
-            direct: ``view`` begins on a page of memory that is left out of forks, and the rest of its last page is
-                free too.
+            direct: ``view`` begins on a page of memory that is left out of forks.
 
         Returns:
             How many bytes there were: less than the view's only where the file ends.
@@ -138,10 +136,8 @@ class FileReader:
                 return 0
             fcntl.fcntl(file, fcntl.F_SETFL, _O_DIRECT)
             try:
-                whole = -(-view.nbytes // PAGE_NBYTES) * PAGE_NBYTES
-                address = ctypes.addressof(ctypes.c_char.from_buffer(view))
-                memory = memoryview((ctypes.c_char * whole).from_address(address))
-                return min(os.preadv(file, [memory], start), view.nbytes)
+                # whole pages: what remains comes through the cache, so that nothing behind the view is written
+                return os.preadv(file, [view[: view.nbytes & -PAGE_NBYTES]], start)
             finally:
                 fcntl.fcntl(file, fcntl.F_SETFL, 0)
         except OSError as error:
