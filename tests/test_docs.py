@@ -2,7 +2,8 @@
 
 In each page all blocks run in order, in one empty folder: ``python`` blocks in one namespace, ``console`` blocks line
 by line. What a ``console`` command prints is compared, and what a ``python`` block prints where ``<!-- prints -->``
-stands before the ``text`` block after it. Times, durations and random ids may differ; ``...`` stands for anything.
+stands before the ``text`` block after it. Times, durations, random ids and what compression saves may differ; ``...``
+stands for anything.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ VOLATILE = [
     (re.compile(r"\b[0-9a-f]{24}\b"), "<id>"),
     (re.compile(r"\b\d+(\.\d+)? m?s\b"), "<seconds>"),
     (re.compile(r'"created_ms": \d+'), "<time>"),
+    # what "auto" compresses depends on how fast the disk is just then
+    (re.compile(r"\b[\d.]+ [kM]?B( +\d+/\d+)$", re.MULTILINE), r"<stored>\1"),
+    (re.compile(r"^(kept \d+ blobs), [\d.]+ [kM]?B$", re.MULTILINE), r"\1, <stored>"),
     (re.compile(r"[ \t]+"), " "),
 ]
 
