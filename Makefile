@@ -22,7 +22,7 @@ demo: $(VENV)/.installed ## train a small GPT, go back in its history, retain, g
 test: $(VENV)/.installed-test ## run all tests
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
-bench: $(VENV)/.installed-bench ## targets beside peers and the machine's limits: docs/benchmarks.md (some minutes)
+bench: $(VENV)/.installed-bench ## targets beside peers and the machine's limits: docs/benchmarks.md (half an hour)
 	@$(BIN)/python -W ignore -m benchmarks $(BENCH_FLAGS)
 
 lint: $(VENV)/.installed-lint ## ruff: the rules of the code and its format
