@@ -50,6 +50,10 @@ BACKGROUND_NICENESS = 10
 """How much nicer than the process a worker is in the background phase."""
 
 
+_WAIT_SECONDS = 0.5
+"""How often a thread that waits for a run wakes up all the same."""
+
+
 class Mode(Enum):
     """In which order a run's workers take steps; see the module's docstring."""
 
@@ -152,7 +156,8 @@ class Run:
                     left = None if deadline is None else deadline - monotonic()
                     if left is not None and left <= 0:
                         return False
-                    self._settled.wait(left)
+                    # in slices: a Ctrl-C that comes just before the lock is waited for would not be seen else
+                    self._settled.wait(_WAIT_SECONDS if left is None else min(left, _WAIT_SECONDS))
         except BaseException:
             self.cancel()
             with self._settled:
