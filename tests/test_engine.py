@@ -115,7 +115,7 @@ def test_workers_join_when_others_go_on_to_finish(record: Record, mode: Mode) ->
     """A run that begins with one worker has as many as it may have once that many finish at once."""
     together = threading.Barrier(4)
     jobs = [Numbered(record, number, in_finish=together.wait) for number in range(8)]
-    assert submit(jobs, num_workers=4, num_first=1, mode=mode, pool=record.pool).wait()
+    assert submit(jobs, num_workers=4, num_staging=1, mode=mode, pool=record.pool).wait()
     assert sorted(record.finished) == list(range(8))
 
 
@@ -126,7 +126,7 @@ def test_jobs_that_need_no_finish_bring_no_workers(record: Record) -> None:
         Numbered(record, number, needs_finish=False, in_stage=lambda: threads.add(threading.get_ident()))
         for number in range(50)
     ]
-    assert submit(jobs, num_workers=8, num_first=1, pool=record.pool).wait()
+    assert submit(jobs, num_workers=8, num_staging=1, pool=record.pool).wait()
     assert len(threads) == 1
 
 

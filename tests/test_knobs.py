@@ -50,6 +50,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str]], None]:
     """A machine whose ``/proc`` and ``/sys`` hold the given files, with 8 cores."""
     monkeypatch.setattr(knobs, "_SYSTEM_ROOT", tmp_path)
+    knobs._granted_cores.cache_clear()
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
 
     def write(files: dict[str, str]) -> None:

@@ -12,7 +12,7 @@ from conftest import StoreUrl
 from servers import Fault, fault_proxy
 
 from torchsnapshot.errors import CredentialsError, SnapshotNotFoundError, UnknownProtocolError
-from torchsnapshot.store import locate
+from torchsnapshot.store import local, locate
 from torchsnapshot.store.local import LocalBackend
 from torchsnapshot.store.locate import CONFIG, STORE_VARIABLE, ancestors, open_backend, open_root, place_for_take
 from torchsnapshot.store.mounts import Coherence, Mount, find_mount
@@ -194,7 +194,7 @@ class TestSurroundings:
 
     def test_mounted_bucket(self, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """A bucket that is mounted as a folder is refused, and the URL is named as the cure."""
-        monkeypatch.setattr(locate, "find_mount", lambda path: Mount(Coherence.BUCKET, "fuse.s3fs"))
+        monkeypatch.setattr(local, "find_mount", lambda path: Mount(Coherence.BUCKET, "fuse.s3fs"))
         with pytest.raises(ValueError, match="s3://"):
             where(runs / "step_1")
 

@@ -32,8 +32,9 @@ from torchsnapshot.store.local import LocalBackend
 from torchsnapshot.store.processes import current_process
 from torchsnapshot.store.records import PENDING_FOLDER, PendingSet
 from torchsnapshot.taking import structure
+from torchsnapshot.taking.expected import differing
 from torchsnapshot.taking.history import Remembered, place_of
-from torchsnapshot.taking.plan import Leaf, TakePlan, build_entries, plan_take
+from torchsnapshot.taking.plan import Chunk, Leaf, TakePlan, build_entries, plan_take
 from torchsnapshot.taking.structure import Structure
 from torchsnapshot.taking.take import Take, TakeOptions, open_take
 
@@ -244,11 +245,14 @@ def partly_stepped(value: Any, random: Random) -> Any:
     return stepped(value) if random.random() < 0.3 else value
 
 
-def work_of(plan: TakePlan, wanted: set[tuple[str, Any]]) -> list[list[Any]]:
-    """The chunks that a plan has to look at, as it looks at them, those that are wanted."""
-    groups = [*plan.groups, plan.large]
-    found = [[(chunk.path, chunk.piece) for chunk in group] for group in groups]
-    return [kept for group in found if (kept := [each for each in group if each in wanted])]
+def name(chunk: Chunk) -> tuple[str, int]:
+    """What tells a chunk from all others of its plan."""
+    return chunk.path, chunk.piece.offset
+
+
+def names(groups: list[list[Chunk]], wanted: set[tuple[str, int]]) -> list[list[tuple[str, int]]]:
+    """The chunks of each group that are wanted, in their order."""
+    return [[each for each in map(name, group) if each in wanted] for group in groups]
 
 
 def places(leaves: list[Leaf]) -> dict[str, Any]:
@@ -259,7 +263,7 @@ def places(leaves: list[Leaf]) -> dict[str, Any]:
 @given(states, st.randoms(use_true_random=False))
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_settled_plans_are_those_of_the_long_way(state: Any, random: Random) -> None:
-    """Steps in which some tensors change: what is packed and remembered is that of the long way, at every step."""
+    """Steps in which some tensors change: what is put, packed and remembered is that of the long way, at every step."""
     state = {"x": state, "small": [torch.zeros(100), torch.zeros(3), torch.zeros(200)]}
     known: Any = Everything()
     nodes = nodes_of(state)
@@ -273,12 +277,17 @@ def test_settled_plans_are_those_of_the_long_way(state: Any, random: Random) -> 
         state = partly_stepped(state, random)
         reading = skeleton.read({"s": state}, lambda path, name: None)
         assert reading is not None
-        short = short_way.plan_settled(reading, remembered.take_id, known, (CHUNK_NBYTES, SMALL_NBYTES))
-        assert short is not None
-        looked_at = {(chunk.path, chunk.piece) for chunk in [*short.large, *itertools.chain(*short.groups)]}
+        found = short_way.plan_settled(reading, remembered.take_id, known, (CHUNK_NBYTES, SMALL_NBYTES))
+        assert found is not None
+        short, expected = found
+        groups = [*short.groups, *(differing(group, known) for group in expected.groups)]
+        large = [*short.large, *differing(expected.large, known)]
         stored(short)
         long = stored(plan_take(nodes_of(state), remembered, CHUNK_NBYTES, SMALL_NBYTES))
-        assert work_of(short, looked_at) == work_of(long, looked_at)
+        looked_at = set(map(name, [*large, *itertools.chain(*groups)]))
+        assert looked_at >= {name(chunk) for chunk in long.chunks() if chunk.ref and chunk.ref.digest != chunk.previous}
+        assert sorted(map(name, large)) == sorted(each for each in map(name, long.large) if each in looked_at)
+        assert sorted(filter(None, names(groups, looked_at))) == sorted(filter(None, names(long.groups, looked_at)))
         assert (short.state_nbytes, short.chunked_nbytes) == (long.state_nbytes, long.chunked_nbytes)
         entries, table = build_entries(long, rank=0)
         data, short_table = short_way.pack(short)
@@ -303,9 +312,12 @@ def test_settled_leaves_need_the_same_knowledge() -> None:
     sizes = (CHUNK_NBYTES, SMALL_NBYTES)
     assert short_way.plan_settled(reading, "0", known, sizes) is None
     short_way.settle(plan, "0", known)
-    settled = short_way.plan_settled(reading, "0", known, sizes)
-    assert settled is not None
-    assert [leaf.is_settled for leaf in settled.leaves] == [True, True, False]
+    short = short_way.plan_settled(reading, "0", known, sizes)
+    assert short is not None
+    settled, expected = short
+    assert settled.is_settled
+    assert differing([*expected.large, *itertools.chain(*expected.groups)], known) == []
+    assert [leaf.is_settled for leaf in settled.leaves] == [True, True, True]
     assert short_way.plan_settled(reading, "1", known, sizes) is None
     assert short_way.plan_settled(reading, None, known, sizes) is None
     assert short_way.plan_settled(reading, "0", known, (CHUNK_NBYTES, 0)) is None

@@ -32,7 +32,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import lru_cache
 from pathlib import Path
+from time import monotonic
 
 MEBIBYTE = 1 << 20
 
@@ -46,6 +48,9 @@ MIN_STAGING_NBYTES = 64 * MEBIBYTE
 BASE_MEMORY_SHARE = 8
 """One part in so many of the free memory may hold copies of chunks that deltas are made against."""
 DEFAULT_IO_CONCURRENCY = 16
+
+_GRANT_SECONDS = 10.0
+"""How old what the control groups grant may be."""
 
 CHUNK_SIZE = "TORCHSNAPSHOT_MAX_CHUNK_SIZE_BYTES_OVERRIDE"
 SHARD_SIZE = "TORCHSNAPSHOT_MAX_SHARD_SIZE_BYTES_OVERRIDE"
@@ -292,8 +297,15 @@ def available_cores() -> int:
     # macOS and Windows have no affinity to ask for
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+    granted = _granted_cores(_SYSTEM_ROOT, int(monotonic() // _GRANT_SECONDS))
+    return max(1, cores if granted is None else min(cores, granted))
+
+
+@lru_cache(maxsize=1)
+def _granted_cores(system_root: Path, _: int) -> int | None:
+    """How many whole cores the control groups grant, None for no limit. It takes many small files to find out."""
     limits = [_cores_limit(version, folder) for version, folder in _control_groups("cpu")]
-    return max(1, min([cores, *(int(limit) for limit in limits if limit is not None)]))
+    return min([int(limit) for limit in limits if limit is not None], default=None)
 
 
 def _cores_limit(version: int, folder: Path) -> float | None:

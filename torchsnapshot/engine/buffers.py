@@ -20,6 +20,7 @@ import mmap
 import os
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Mapping
 
 from torchsnapshot.store.backend import PAGE_NBYTES
@@ -132,6 +133,7 @@ class BufferPool:
         self._lock = threading.Lock()
         self._process = os.getpid()
         self._free: dict[int, list[memoryview]] = {}
+        self._lent: Counter[int] = Counter()
         self._keep_nbytes = keep_nbytes
         self._free_nbytes = 0
         self._lent_nbytes = 0
@@ -171,7 +173,7 @@ class BufferPool:
         self.check_process()
         nbytes = size_class(nbytes)
         with self._lock:
-            self._lent_nbytes += nbytes
+            self._count_lent(nbytes, 1)
             free = self._free.get(nbytes)
             if free:
                 self._free_nbytes -= nbytes
@@ -182,7 +184,7 @@ class BufferPool:
             return Buffer(self, map_pages(nbytes))
         except BaseException:
             with self._lock:
-                self._lent_nbytes -= nbytes
+                self._count_lent(nbytes, -1)
             raise
 
     def give_back(self, buffer: Buffer) -> None:
@@ -193,7 +195,7 @@ class BufferPool:
             if not buffer._lent:
                 return
             buffer._lent = False
-            self._lent_nbytes -= buffer.nbytes
+            self._count_lent(buffer.nbytes, -1)
             self._free.setdefault(buffer.nbytes, []).append(buffer._memory)
             self._free_nbytes += buffer.nbytes
             self._shrink_free(self._keep_nbytes - self._lent_nbytes)
@@ -207,19 +209,26 @@ class BufferPool:
         with self._lock:
             return sum(size * min(count, len(self._free.get(size, ()))) for size, count in wanted.items())
 
+    def lacks(self, wanted: Mapping[int, int]) -> bool:
+        """Whether fewer buffers are here than are wanted, counting those on loan, which come back."""
+        with self._lock:
+            return any(self._num_of(size) < count for size, count in wanted.items())
+
     def prefault(self, wanted: Mapping[int, int], goes_on: Callable[[], bool] = lambda: True) -> None:
-        """Map free buffers until as many as are wanted wait here, and make sure that memory backs their pages.
+        """Map free buffers until nothing is lacking, and make sure that memory backs their pages.
 
         Meant for a background thread; it raises what the pool keeps to what that needs.
 
         Args:
-            wanted: how many buffers of each ``size_class``.
+            wanted: how many buffers of each ``size_class``; those on loan count, they come back.
             goes_on: asked before each 2 MiB; when it says no, what has not been touched yet is unmapped.
         """
         self.check_process()
-        self.keep(self._lent_nbytes + sum(size * count for size, count in wanted.items()))
+        with self._lock:
+            to_come = sum(size * max(0, count - self._lent[size]) for size, count in wanted.items())
+            self._keep_nbytes = max(self._keep_nbytes, self._lent_nbytes + to_come)
         for size, count in wanted.items():
-            while len(self._free.get(size, ())) < count:
+            while self._num_of(size) < count:
                 if not goes_on():
                     return
                 memory = map_pages(size)
@@ -244,11 +253,18 @@ class BufferPool:
     def _drop_surplus(self, nbytes: int, wanted: Mapping[int, int]) -> None:
         """Make room for ``nbytes`` more by unmapping free buffers of sizes that are not wanted so often."""
         for size, free in self._free.items():
-            while len(free) > wanted.get(size, 0):
+            while free and self._num_of(size) > wanted.get(size, 0):
                 if self._lent_nbytes + self._free_nbytes + nbytes <= self._keep_nbytes:
                     return
                 free.pop()
                 self._free_nbytes -= size
+
+    def _num_of(self, size: int) -> int:
+        return len(self._free.get(size, ())) + self._lent[size]
+
+    def _count_lent(self, size: int, change: int) -> None:
+        self._lent[size] += change
+        self._lent_nbytes += size * change
 
     def _shrink_free(self, target_nbytes: int) -> None:
         while self._free_nbytes > max(target_nbytes, 0):

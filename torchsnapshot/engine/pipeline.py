@@ -1,13 +1,15 @@
 """The one bounded pipeline: jobs carried by worker threads under a byte budget, in pooled buffers.
 
-What lives here: ``Job``, ``submit`` and ``Run``. What doesn't: the buffers themselves (``buffers``), what a job does
-(``taking.take``, ``restoring.restore``, ``verify`` and ``copy`` bring their own jobs), how a chunk is stored
-(``chunks.writer``).
+What lives here: ``submit`` and ``Run``. What doesn't: what a job is (``job``) and does (``taking.take_jobs``,
+``reading.read_jobs``, ``verify`` and ``copy`` bring their own), the buffers themselves (``buffers``), how a chunk is
+stored (``chunks.writer``).
 
 A job has two steps, ``stage`` and ``finish``, and says how many bytes of buffer it needs. Jobs are staged in the order
-in which they were given. Two modes:
+in which they were given; a job may find out while it is staged which other jobs there are to do, and these come next.
+Two modes:
 
-- ``Mode.THROUGH``: a worker carries one job through both steps while it is hot in cache (take, restore).
+- ``Mode.THROUGH``: a worker carries one job through both steps while it is hot in cache (take, restore). Where as many
+  finish as may at once, others stage what comes next, so that the cores go on while the store is waited for.
 - ``Mode.STAGE_FIRST``: what matters is how soon everything is staged (async take). Workers stage as long as there is a
   job that fits into the budget, and finish staged jobs when there is none.
 
@@ -16,8 +18,11 @@ Invariants:
 - Buffers lent to a run never exceed its budget, except for one job that alone is larger than the budget.
 - The first error wins: no further step of that run begins, steps that run already come to their end, every buffer
   goes back to the pool, and ``wait`` raises that error.
-- A run whose jobs compute first and wait for the store then begins with few workers: those that only compute would
-  take turns on the cores and at the interpreter's lock. When one goes on to ``finish``, another one joins.
+- Where jobs are carried through, no more of them wait for their ``finish`` than are staged at once: memory that is used
+  again soon is in the caches, and was touched before.
+- Of a run whose jobs compute first and wait for the store then, no more are staged at once than there are cores: more
+  would take turns on these and at the interpreter's lock, and then all wait for the store together. The run begins with
+  so many workers; when one goes on to ``finish``, another one joins.
 - Whoever waits for a run is woken once, at its end or when all is staged, not by every job.
 - Worker threads belong to one run, end with it, and are no daemons: an idle process has none of them, and an
   interpreter that exits joins them (a run that nobody waited for is carried to its end). A thread costs some 50 µs to
@@ -31,62 +36,45 @@ from __future__ import annotations
 
 import itertools
 import os
-import sys
 import threading
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError
-from enum import Enum
 from time import monotonic
-from typing import Protocol
 
+from torchsnapshot.engine.backlog import Backlog
 from torchsnapshot.engine.buffers import Buffer as Buffer
 from torchsnapshot.engine.buffers import BufferPool, shared_pool, size_class
+from torchsnapshot.engine.job import Job as Job
+from torchsnapshot.engine.job import Mode as Mode
+from torchsnapshot.engine.priority import lower_priority
 
 DEFAULT_BUDGET_NBYTES = 256 << 20
 """Buffer bytes of a run whose caller names no budget."""
-
-BACKGROUND_NICENESS = 10
-"""How much nicer than the process a worker is in the background phase."""
-
 
 _WAIT_SECONDS = 0.5
 """How often a thread that waits for a run wakes up all the same."""
 
 
-class Mode(Enum):
-    """In which order a run's workers take steps; see the module's docstring."""
-
-    THROUGH = "through"
-    STAGE_FIRST = "stage_first"
-
-
-class Job(Protocol):
-    """One piece of work. Both steps run on worker threads; a job's ``stage`` returns before its ``finish`` begins."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of buffer that the job needs from the beginning of ``stage`` to the end of ``finish``; 0 = none."""
-        ...
-
-    def stage(self, buffer: Buffer | None) -> bool:
-        """Do the part after which the source may change. False: the job is done, its buffer is free at once."""
-        ...
-
-    def finish(self, buffer: Buffer | None) -> None:
-        """Do the rest."""
-        ...
-
-
 class Run:
     """Jobs in flight. Made by ``submit``."""
 
-    def __init__(self, jobs: Iterable[Job], budget: int, mode: Mode, pool: BufferPool, max_workers: int) -> None:
-        self._jobs: Iterator[Job] = iter(jobs)
+    def __init__(
+        self,
+        backlog: Backlog,
+        budget: int,
+        mode: Mode,
+        pool: BufferPool,
+        max_staging: int,
+        max_finishing: int,
+    ) -> None:
+        self._backlog = backlog
         self._budget = budget
         self._mode = mode
         self._pool = pool
-        self._max_workers = max_workers
+        self._max_staging = max_staging
+        self._max_finishing = max_finishing
+        self._max_workers = max_finishing + max_staging if max_staging < max_finishing else max_finishing
         self._number = next(_run_numbers)
         self._num_started = 0
         self._process = os.getpid()
@@ -94,10 +82,9 @@ class Run:
         # one lock: what workers wait for, and what those who wait for the run do
         self._changed = threading.Condition(lock)
         self._settled = threading.Condition(lock)
-        self._head: Job | None = None
-        self._exhausted = False
         self._staged: deque[tuple[Job, Buffer | None]] = deque()
         self._num_staging = 0
+        self._num_finishing = 0
         self._lent_nbytes = 0
         self._num_kept: Counter[int] = Counter()
         self._live_workers = 0
@@ -174,7 +161,7 @@ class Run:
             raise RuntimeError("this run belongs to the parent process; a fork has none of its threads")
 
     def _all_staged(self) -> bool:
-        return self._exhausted and self._num_staging == 0 and not self._stopping
+        return self._backlog.is_empty and self._num_staging == 0 and not self._stopping
 
     def _stop(self, error: BaseException) -> None:
         with self._changed:
@@ -184,8 +171,7 @@ class Run:
             if self._error is None or type(self._error) is CancelledError:
                 self._error = error
             self._stopping = True
-            self._head = None
-            self._jobs = iter(())
+            self._backlog.clear()
             staged, self._staged = self._staged, deque()
             self._changed.notify_all()
         for _, buffer in staged:
@@ -230,7 +216,7 @@ class Run:
         if self._num_started >= self._max_workers:
             return
         with self._changed:
-            is_left = self._staged or self._head is not None or not self._exhausted
+            is_left = self._staged or not self._backlog.is_empty
             if self._stopping or not is_left or self._num_started >= self._max_workers:
                 return
             index = self._num_started
@@ -272,41 +258,53 @@ class Run:
             if not is_finish:
                 self._stage(job)
                 continue
-            if not lowered and self._all_staged():
+            if not lowered and self._mode is Mode.STAGE_FIRST and self._all_staged():
                 lowered = True
                 lower_priority()
+            self._finish(job, buffer)
+
+    def _finish(self, job: Job, buffer: Buffer | None) -> None:
+        try:
             self._start_another()
-            try:
-                job.finish(buffer)
-            finally:
-                self._free(buffer)
+            job.finish(buffer)
+        finally:
+            with self._changed:
+                self._num_finishing -= 1
+                self._changed.notify_all()
+            self._free(buffer)
 
     def _stage(self, job: Job) -> None:
         buffer: Buffer | None = None
         keeps = False
+        found: Sequence[Job] = ()
         try:
             try:
                 if job.nbytes:
                     buffer = self._acquire(job.nbytes)
                 more = job.stage(buffer)
+                if not isinstance(more, bool):
+                    found, more = more, False
             finally:
                 with self._changed:
                     self._num_staging -= 1
+                    if not self._stopping:
+                        self._backlog.add(found)
                     self._changed.notify_all()
                     self._tell_waiters()
             if not more:
                 return
-            if self._mode is Mode.THROUGH:
-                self._start_another()
-                job.finish(buffer)
-                return
             with self._changed:
-                if not self._stopping:
-                    keeps = True
+                keeps = not self._stopping
+                goes_on = keeps and self._mode is Mode.THROUGH and self._num_finishing < self._max_finishing
+                if goes_on:
+                    self._num_finishing += 1
+                elif keeps:
                     if buffer is not None:
                         self._num_kept[buffer.nbytes] += 1
                     self._staged.append((job, buffer))
                     self._changed.notify_all()
+            if goes_on:
+                self._finish(job, buffer)
         finally:
             if not keeps:
                 self._free(buffer)
@@ -323,31 +321,44 @@ class Run:
         """Wait for the next step and reserve what it needs: (job, its buffer, whether to finish it); None = end."""
         with self._changed:
             while not self._stopping:
-                if self._head is None and not self._exhausted:
-                    self._head = next(self._jobs, None)
-                    self._exhausted = self._head is None
-                    self._tell_waiters()
-                job = self._head
+                if self._mode is Mode.THROUGH and self._may_finish():
+                    return self._next_staged()
+                job = self._backlog.take(self._may_stage) if self._num_staging < self._max_staging else None
                 if job is not None:
-                    nbytes = size_class(job.nbytes) if job.nbytes else 0
-                    if not nbytes or not self._lent_nbytes or self._lent_nbytes + nbytes <= self._budget:
-                        self._head = None
-                        self._lent_nbytes += nbytes
-                        self._num_staging += 1
-                        return job, None, False
-                if self._staged:
-                    return *self._staged.popleft(), True
-                if job is None and (self._mode is Mode.THROUGH or self._num_staging == 0):
+                    self._num_staging += 1
+                    self._lent_nbytes += size_class(job.nbytes) if job.nbytes else 0
+                    return job, None, False
+                # that nothing is left may have been found out only now
+                self._tell_waiters()
+                if self._may_finish():
+                    return self._next_staged()
+                if self._backlog.is_empty and not self._num_staging and not self._staged:
                     return None
                 self._changed.wait()
         return None
+
+    def _may_stage(self, job: Job) -> bool:
+        """Whether there is memory for the job."""
+        if not job.nbytes:
+            return True
+        if self._mode is Mode.THROUGH and len(self._staged) >= self._max_staging:
+            return False
+        return not self._lent_nbytes or self._lent_nbytes + size_class(job.nbytes) <= self._budget
+
+    def _may_finish(self) -> bool:
+        return bool(self._staged) and self._num_finishing < self._max_finishing
+
+    def _next_staged(self) -> tuple[Job, Buffer | None, bool]:
+        self._num_finishing += 1
+        return *self._staged.popleft(), True
 
 
 def submit(
     jobs: Iterable[Job],
     *,
     num_workers: int,
-    num_first: int | None = None,
+    beside: Iterable[Job] = (),
+    num_staging: int | None = None,
     budget: int = DEFAULT_BUDGET_NBYTES,
     mode: Mode = Mode.THROUGH,
     pool: BufferPool | None = None,
@@ -356,9 +367,10 @@ def submit(
 
     Args:
         jobs: taken one after the other, while the run's lock is held; an error of the iterator fails the run.
-        num_workers: worker threads: as many as there are CPUs for local work; a remote store wants as many as it wants
-            requests in flight.
-        num_first: how many of them to begin with; each job that goes on to ``finish`` brings another one. None: all.
+        num_workers: how many jobs may be carried at once: as many as there are CPUs for local work; as many as a remote
+            store wants requests in flight.
+        beside: more jobs, which need no buffer: they are staged whenever none of the others can be.
+        num_staging: how many may be staged at once, beside so many that finish; None: all workers do whatever comes.
         budget: bytes of buffers that the run may hold at once. The pool keeps as much for the next run.
         mode: see the module's docstring.
         pool: where buffers come from; the process's own by default.
@@ -368,29 +380,17 @@ def submit(
     """
     if num_workers < 1:
         raise ValueError(f"num_workers must be at least 1, not {num_workers}")
-    if num_first is not None and num_first < 1:
-        raise ValueError(f"num_first must be at least 1, not {num_first}")
+    if num_staging is not None and num_staging < 1:
+        raise ValueError(f"num_staging must be at least 1, not {num_staging}")
     if budget < 1:
         raise ValueError(f"budget must be at least 1 byte, not {budget}")
     pool = pool or shared_pool()
     pool.keep(budget)
-    if isinstance(jobs, (list, tuple)):
-        num_workers = min(num_workers, len(jobs))
-    run = Run(jobs, budget, mode, pool, num_workers)
-    run.start(min(num_workers, num_first or num_workers))
+    num_staging = min(num_workers, num_staging or num_workers)
+    beside = tuple(beside)
+    run = Run(Backlog(jobs, beside), budget, mode, pool, num_staging, num_workers)
+    run.start(min(num_staging, len(jobs) + len(beside)) if isinstance(jobs, (list, tuple)) else num_staging)
     return run
 
 
 _run_numbers = itertools.count(1)
-
-
-def lower_priority() -> None:
-    """Make the calling thread nicer by ``BACKGROUND_NICENESS``; it can't be undone."""
-    # On Linux a thread has its own niceness, under its kernel id; elsewhere the call would name a process
-    if sys.platform == "linux":
-        thread = threading.get_native_id()
-        try:
-            niceness = os.getpriority(os.PRIO_PROCESS, thread)
-            os.setpriority(os.PRIO_PROCESS, thread, min(niceness + BACKGROUND_NICENESS, 19))
-        except OSError:
-            return

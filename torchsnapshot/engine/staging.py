@@ -5,12 +5,13 @@ pool (``buffers``), the pipeline (``pipeline``), settings (``knobs``).
 
 Touching fresh memory is slow (a page fault can cost ten times what copying into the page does), so an asynchronous
 take stages only into memory that was touched before, and at least into as much as a synchronous take uses: what does
-not fit in waits until a buffer is free again. When the take has committed, a thread maps and touches the rest, in the
-sizes that the take needed, up to what a take may stage; so the second or third take finds all of it ready.
+not fit in waits until a buffer is free again. As soon as a take has staged everything, a thread maps and touches what
+was lacking, in the sizes that the take needed, up to what a take may stage; so the second or third take finds all of it
+ready, also where takes follow one another without a pause.
 
-Invariants: the thread never holds up anything: not ``wait`` (it begins after the commit, beside it), not a take (which
-stops it), not the interpreter's exit (it looks after each 2 MiB whether the main thread has ended). After a take the
-pool keeps no more than the next one may stage.
+Invariants: the thread never holds up anything: not ``wait`` (it runs beside it), not a take (which stops it), not the
+interpreter's exit (it looks after each 2 MiB whether the main thread has ended). After a take the pool keeps no more
+than the next one may stage.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ import os
 import sys
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torchsnapshot import knobs
 from torchsnapshot.engine.buffers import BufferPool, shared_pool, size_class
-from torchsnapshot.engine.pipeline import Job, Mode, Run, lower_priority, submit
+from torchsnapshot.engine.pipeline import Job, Mode, Run, submit
+from torchsnapshot.engine.priority import lower_priority
 
 _BUFFERS_PER_WORKER = 2
 """Finishing takes a buffer to encode into, and one for a base, beside the staged one."""
@@ -40,13 +42,21 @@ def staging_budget(allowed: int, at_least: int, warm: int) -> int:
     return min(allowed, max(at_least, warm))
 
 
-def submit_take(jobs: Sequence[Job], *, concurrency: int, in_background: bool, pool: BufferPool | None = None) -> Run:
+def submit_take(
+    jobs: Sequence[Job],
+    *,
+    concurrency: int,
+    in_background: bool,
+    sizes: Iterable[int] | None = None,
+    pool: BufferPool | None = None,
+) -> Run:
     """Hand a take's jobs to the engine, with the memory that it should use.
 
     Args:
         jobs: in the order in which they are staged.
         concurrency: how many requests the store wants in flight.
         in_background: the caller waits only until everything is staged.
+        sizes: the bytes of every buffer that may come to be needed, where jobs bring others; None: as jobs say.
         pool: where buffers come from; the process's own by default.
     """
     pool = pool or shared_pool()
@@ -55,26 +65,39 @@ def submit_take(jobs: Sequence[Job], *, concurrency: int, in_background: bool, p
     budget = knobs.get_memory_budget_bytes()
     if in_background:
         # buffers are larger than what they hold, and one that does not fit would have to wait for a put
-        wanted = Counter(size_class(job.nbytes) for job in jobs if job.nbytes)
+        sizes = [job.nbytes for job in jobs] if sizes is None else sizes
+        wanted = Counter(size_class(nbytes) for nbytes in sizes if nbytes)
         allowed = _allowed(wanted, pool)
         budget = staging_budget(allowed, budget, pool.warm_nbytes(wanted))
     mode = Mode.STAGE_FIRST if in_background else Mode.THROUGH
-    num_first = min(num_workers, knobs.get_num_threads())
-    return submit(jobs, num_workers=num_workers, num_first=num_first, budget=budget, mode=mode, pool=pool)
+    return submit(
+        [job for job in jobs if job.nbytes],
+        # the cores compare while others wait for the store
+        beside=[job for job in jobs if not job.nbytes],
+        num_workers=num_workers,
+        num_staging=knobs.get_num_threads(),
+        budget=budget,
+        mode=mode,
+        pool=pool,
+    )
 
 
-def wait_staged(run: Run, timeout: float | None = None) -> bool:
+def wait_staged(run: Run, timeout: float | None = None, *, pool: BufferPool | None = None) -> bool:
     """Return when the caller may change its tensors: all of them are staged, or the run has failed.
 
     Args:
         run: of an asynchronous take.
         timeout: seconds; None = for ever.
+        pool: that of the run; the process's own by default.
 
     Returns:
         False if the time ran out first.
     """
     try:
-        return run.wait_staged(timeout)
+        is_staged = run.wait_staged(timeout)
+        if is_staged:
+            _get_ready(run, pool or shared_pool())
+        return is_staged
     except Exception:
         # whether a put fails before or after the last tensor was staged is chance; commit raises it in both cases
         if not run.done:
@@ -83,12 +106,17 @@ def wait_staged(run: Run, timeout: float | None = None) -> bool:
 
 
 def warm_up(run: Run, *, pool: BufferPool | None = None) -> None:
-    """After the commit of a background take: get the memory ready that the next one like it will stage into."""
+    """After the commit of a background take: see to it that the next one like it has what memory it may stage into."""
     pool = pool or shared_pool()
-    if not run.staged_buffers:
-        return
-    pool.limit(knobs.get_staging_budget_bytes(sys.maxsize, pool.free_nbytes + pool.lent_nbytes))
-    warming().start(pool, buffers_to_have(run.staged_buffers, _allowed(run.staged_buffers, pool)))
+    if run.staged_buffers:
+        pool.limit(knobs.get_staging_budget_bytes(sys.maxsize, pool.free_nbytes + pool.lent_nbytes))
+        _get_ready(run, pool)
+
+
+def _get_ready(run: Run, pool: BufferPool) -> None:
+    """Begin to touch what the run lacked, if anything."""
+    if run.staged_buffers:
+        warming().start(pool, buffers_to_have(run.staged_buffers, _allowed(run.staged_buffers, pool)))
 
 
 def buffers_to_have(used: Mapping[int, int], allowed: int) -> dict[int, int]:
@@ -127,7 +155,7 @@ class Warming:
         """Begin; what is going on already is stopped. Where no thread can be started nothing happens."""
         with self._lock:
             self._stopped.set()
-            if pool.warm_nbytes(wanted) == sum(size * count for size, count in wanted.items()):
+            if not pool.lacks(wanted):
                 return
             stopped = self._stopped = threading.Event()
             main = threading.main_thread()

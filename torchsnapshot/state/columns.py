@@ -48,14 +48,17 @@ class BufferColumn:
     """Buffers over the memory of some of the tensors of a state, made anew each time.
 
     Args:
-        numbers: which tensors: places in the columns. All are contiguous, in C order of their memory, and not empty.
-        sizes: the bytes of each.
+        numbers: which tensors: places in the columns, one for each buffer. All are contiguous, in C order of their
+            memory, and not empty.
+        sizes: the bytes of each buffer.
+        offsets: where in its tensor each buffer begins, in bytes; None: at its beginning.
     """
 
-    __slots__ = ("_makers", "_numbers")
+    __slots__ = ("_makers", "_numbers", "_offsets")
 
-    def __init__(self, numbers: Sequence[int], sizes: Sequence[int]) -> None:
+    def __init__(self, numbers: Sequence[int], sizes: Sequence[int], offsets: Sequence[int] | None = None) -> None:
         self._numbers = numbers
+        self._offsets = offsets
         self._makers = [(ctypes.c_char * nbytes).from_address for nbytes in sizes]
 
     def over(self, memory: TensorMemory) -> list[Any] | None:
@@ -66,6 +69,8 @@ class BufferColumn:
             return None
         if any(offsets):
             starts = list(map(operator.add, starts, [offsets[number] for number in self._numbers]))
+        if self._offsets is not None:
+            starts = list(map(operator.add, starts, self._offsets))
         return [make(start) for make, start in zip(self._makers, starts, strict=True)]
 
 

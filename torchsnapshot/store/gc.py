@@ -29,7 +29,7 @@ from torchsnapshot.store.liveness import (
     read_leases,
 )
 from torchsnapshot.store.local import LocalBackend
-from torchsnapshot.store.mounts import Coherence, Mount, find_mount
+from torchsnapshot.store.mounts import Coherence, Mount
 from torchsnapshot.store.processes import current_process
 from torchsnapshot.store.records import GC_LEVEL, LEASES_FOLDER, PENDING_FOLDER, PendingSet, Root
 from torchsnapshot.store.repository import Repository
@@ -391,7 +391,7 @@ def _spare(doomed: dict[str, int], keys: Iterable[str]) -> None:
 
 def _mount_of(repository: Repository) -> Mount:
     backend = repository.backend
-    return find_mount(backend.root) if isinstance(backend, LocalBackend) else Mount(Coherence.LOCAL, "")
+    return backend.mount if isinstance(backend, LocalBackend) else Mount(Coherence.LOCAL, "")
 
 
 def _is_cached(mount: Mount) -> bool:

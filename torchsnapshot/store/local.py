@@ -20,6 +20,7 @@ import errno
 import itertools
 import os
 import stat
+import threading
 from collections.abc import Iterable, Iterator
 
 from torchsnapshot.errors import KeyExistsError, StoreError
@@ -63,6 +64,7 @@ class LocalBackend(Backend):
         self._writer = FileWriter()
         self._reader = FileReader()
         self._mount: Mount | None = None
+        self._making_folders = threading.Lock()
 
     @property
     def device(self) -> str:
@@ -161,10 +163,15 @@ class LocalBackend(Backend):
             return False
         return self._is_on_local_disk()
 
-    def _is_on_local_disk(self) -> bool:
+    @property
+    def mount(self) -> Mount:
+        """Where ROOT is mounted, or will be."""
         if self._mount is None:
             self._mount = find_mount(self.root)
-        return self._mount.coherence is Coherence.LOCAL
+        return self._mount
+
+    def _is_on_local_disk(self) -> bool:
+        return self.mount.coherence is Coherence.LOCAL
 
     def _temp_name(self, key: str) -> str:
         name = key.rpartition("/")[2]
@@ -176,6 +183,11 @@ class LocalBackend(Backend):
 
     def _make_folder(self, folder: str) -> None:
         """Make ``folder`` and what is missing above it."""
+        # a new store's first puts come at once: they would all make the same folders, each waiting for the others
+        with self._making_folders:
+            self._make_missing(folder)
+
+    def _make_missing(self, folder: str) -> None:
         missing: list[str] = []
         path = folder
         while not os.path.isdir(path):

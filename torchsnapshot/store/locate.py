@@ -23,7 +23,7 @@ from torchsnapshot.errors import CredentialsError, KeyAbsentError, SnapshotNotFo
 from torchsnapshot.store.backend import Backend, StorageOptions
 from torchsnapshot.store.keys import MANIFEST_FOLDER, SIGNPOST, STORE_FOLDER
 from torchsnapshot.store.local import LocalBackend
-from torchsnapshot.store.mounts import Coherence, device_of, find_mount
+from torchsnapshot.store.mounts import Coherence, device_of
 from torchsnapshot.store.remote import RemoteBackend
 from torchsnapshot.store.remote_errors import without_password
 from torchsnapshot.store.walk import SIGNPOST_BYTES
@@ -214,7 +214,8 @@ def place_for_take(
     name = place.name_below(root)
     assert name is not None
     found = Place(open_backend(root.url, storage_options, durable=durable), root.url, name)
-    if place.is_local and find_mount(place.url).coherence is Coherence.BUCKET:
+    # the store is never on another device than the snapshot, nor is what it finds out about its mount asked for twice
+    if isinstance(found.backend, LocalBackend) and found.backend.mount.coherence is Coherence.BUCKET:
         raise ValueError(f"{place.url} is a bucket mounted as a folder: name the bucket itself (s3://…, gs://…)")
     if place.is_local:
         _check_folders(place)

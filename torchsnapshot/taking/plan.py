@@ -137,7 +137,8 @@ class TakePlan:
     """The work of a take: leaves in the order of the state, and what of their chunks is to be looked at.
 
     ``large`` are large chunks, ``groups`` small ones, as they are packed together; the chunks of settled leaves are in
-    neither. ``chunked_nbytes`` is what all chunks hold, a chunk below ``small_nbytes`` is a small one.
+    neither. ``chunked_nbytes`` is what all chunks hold, a chunk below ``small_nbytes`` is a small one. What of settled
+    leaves is still to be compared with their memory stands beside the plan (``expected``).
     """
 
     leaves: list[Leaf]
@@ -149,8 +150,8 @@ class TakePlan:
 
     @property
     def is_settled(self) -> bool:
-        """Whether every chunk was found as the last take had left it when the plan was made."""
-        return not self.large and not self.groups
+        """Whether every chunk is where the last take had left it: nothing was planned anew."""
+        return all(leaf.is_settled or not leaf.chunks for leaf in self.leaves)
 
     def chunks(self) -> Iterator[Chunk]:
         """Every chunk, in the order of the leaves."""

@@ -14,6 +14,7 @@ from torchsnapshot.state.skeleton import Reading, Skeleton
 from torchsnapshot.stateful import Stateful
 from torchsnapshot.store.known import Known
 from torchsnapshot.taking import structure
+from torchsnapshot.taking.expected import Expected
 from torchsnapshot.taking.history import Remembered
 from torchsnapshot.taking.plan import TakePlan, plan_take
 from torchsnapshot.taking.structure import Structure
@@ -67,7 +68,7 @@ class TakenState:
 
     def plan(
         self, store_id: str, previous: Remembered, known: Known, chunk_nbytes: int, small_nbytes: int
-    ) -> tuple[TakePlan, Structure | None]:
+    ) -> tuple[TakePlan, Expected, Structure | None]:
         """Cut the state into chunks; a state of the same structure as the last one with less work.
 
         Args:
@@ -78,14 +79,16 @@ class TakenState:
             small_nbytes: see ``plan_take``.
 
         Returns:
-            The plan, and the structure that packs it; None for states that have kinds of leaves without one.
+            The plan, what it expects of leaves that it has taken over, and the structure that packs it: None for states
+            that have kinds of leaves without one.
         """
         last = structure.recall(store_id)
         if last is not None and self._reading is not None:
-            plan = last.plan_settled(self._reading, previous.take_id, known, (chunk_nbytes, small_nbytes))
-            if plan is not None:
-                return plan, last
-        return self.plan_anew(store_id, previous, chunk_nbytes, small_nbytes)
+            short = last.plan_settled(self._reading, previous.take_id, known, (chunk_nbytes, small_nbytes))
+            if short is not None:
+                return *short, last
+        plan, found = self.plan_anew(store_id, previous, chunk_nbytes, small_nbytes)
+        return plan, Expected(), found
 
     def _give_skeleton(self, owner: Structure) -> None:
         """See to it that the next state like this one can be read faster."""

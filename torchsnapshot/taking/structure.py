@@ -9,8 +9,9 @@ of the same class, dtype, shape, strides and device, with the same wrappers. The
 come out; what differs is addresses and content.
 
 There are two ways. ``plan`` takes any nodes, and compares them one by one. ``plan_settled`` takes what was read into
-the skeleton of the last state: there each small tensor of the host whose bytes are what the last take stored keeps the
-leaf that this take left, which is settled: without memory, and with the place of its chunk.
+the skeleton of the last state: there each tensor of the host whose bytes are what the last take stored keeps the leaf
+that this take left, which is settled: without memory, and with the places of its chunks. The smallest are compared
+here; of larger ones it says what is ``expected``, and workers compare it.
 
 Invariant: nothing here keeps a tensor or its memory alive. A settled leaf is used only while this process's knowledge
 of the store is what it was when the take committed that left it (``Known.origin``), and after a look whether all blobs
@@ -19,58 +20,33 @@ that such leaves name may be reused.
 
 from __future__ import annotations
 
-import ctypes
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
-
-import torch
 
 from torchsnapshot.chunks.reader import digest_of
 from torchsnapshot.format.entries import ContainerEntry
-from torchsnapshot.geometry import grid
-from torchsnapshot.geometry.grid import Piece
 from torchsnapshot.pauses import collector_paused
-from torchsnapshot.state.columns import BufferColumn
-from torchsnapshot.state.flatten import Node, OnOpaque, OpaqueLeaf, ShardedLeaf, TensorLeaf, ValueLeaf
-from torchsnapshot.state.host_views import HostView
+from torchsnapshot.state.flatten import Node, OnOpaque
 from torchsnapshot.state.skeleton import Reading, Skeleton
 from torchsnapshot.store.envelope import ChunkRef
 from torchsnapshot.store.known import Known
+from torchsnapshot.taking.expected import Expected, ExpectedChunk, ExpectedLeaf
 from torchsnapshot.taking.history import place_of
 from torchsnapshot.taking.plan import (
-    BytesSource,
     Chunk,
     Leaf,
-    Place,
     Previous,
     TakePlan,
-    chunks_of,
     plan_of_leaves,
 )
 from torchsnapshot.taking.section import Packer
-from torchsnapshot.taking.signatures import Signature, signature_of
-
-HASHED_AT_ONCE_NBYTES = 4096
-"""Chunks up to this size are compared with the last take while planning; larger ones are left to the workers."""
+from torchsnapshot.taking.signatures import signature_of
+from torchsnapshot.taking.templates import Columns, Template
 
 _RAW = operator.attrgetter("raw")
-
-
-@dataclass(frozen=True, slots=True)
-class _Template:
-    """What stays of a leaf: its signature and all that follows from it. ``view`` has no memory.
-
-    ``groups`` says in which group each small chunk is packed, None for large ones.
-    """
-
-    signature: Signature
-    view: HostView | None
-    cell: tuple[int, ...]
-    pieces: tuple[Piece, ...]
-    groups: tuple[int | None, ...]
-    is_inline: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,34 +59,6 @@ class _Settled:
     samples: list[ChunkRef]
 
 
-class _Columns:
-    """The tensors of a skeleton, sorted by what is done with them; all numbers are those of columns."""
-
-    def __init__(self, skeleton: Skeleton, templates: Sequence[_Template]) -> None:
-        self.inline: list[int] = []
-        self.hashed: list[int] = []
-        self.others: list[int] = []
-        self.inline_nbytes = 0
-        sizes: dict[int, int] = {}
-        for column, number in enumerate(skeleton.numbers):
-            template = templates[number]
-            view = template.view
-            assert view is not None
-            sizes[column] = view.nbytes
-            if not view.nbytes:
-                continue
-            if template.is_inline and view.is_plain:
-                self.inline.append(column)
-                self.inline_nbytes += view.nbytes
-            elif view.is_plain and len(template.pieces) == 1 and view.nbytes <= HASHED_AT_ONCE_NBYTES:
-                self.hashed.append(column)
-            else:
-                self.others.append(column)
-        self.hashed_numbers = [skeleton.numbers[column] for column in self.hashed]
-        self.inline_buffers = BufferColumn(self.inline, [sizes[column] for column in self.inline])
-        self.hashed_buffers = BufferColumn(self.hashed, [sizes[column] for column in self.hashed])
-
-
 class Structure:
     """What one plan has shown. Any thread may use it.
 
@@ -121,14 +69,14 @@ class Structure:
         plan: the plan.
     """
 
-    def __init__(self, paths: list[str], templates: list[_Template], sizes: tuple[int, int], plan: TakePlan) -> None:
+    def __init__(self, paths: list[str], templates: list[Template], sizes: tuple[int, int], plan: TakePlan) -> None:
         self._paths = paths
         self._templates = templates
         self._sizes = sizes
         self._chunked_nbytes = plan.chunked_nbytes
         self._num_groups = len(plan.groups)
         self._skeleton: Skeleton | None = None
-        self._columns: _Columns | None = None
+        self._columns: Columns | None = None
         self._settled: _Settled | None = None
         packer = Packer()
         self.pack = packer.pack
@@ -153,7 +101,7 @@ class Structure:
             view = None if leaf.view is None else leaf.view.bare()
             pieces = tuple([chunk.piece for chunk in leaf.chunks])
             packs = tuple([groups.get(id(chunk)) for chunk in leaf.chunks])
-            templates.append(_Template(signature, view, leaf.cell, pieces, packs, leaf.inline is not None))
+            templates.append(Template(signature, view, leaf.cell, pieces, packs, leaf.inline is not None))
         return cls([leaf.path for leaf in plan.leaves], templates, (chunk_nbytes, small_nbytes), plan)
 
     @property
@@ -164,7 +112,7 @@ class Structure:
     @skeleton.setter
     def skeleton(self, skeleton: Skeleton) -> None:
         self._settled = None
-        self._columns = _Columns(skeleton, self._templates)
+        self._columns = Columns(skeleton, self._templates)
         self._skeleton = skeleton
 
     @collector_paused()
@@ -179,7 +127,7 @@ class Structure:
             if signature_of(node) != template.signature:
                 return None
             needs_place = not (template.is_inline or isinstance(node, ContainerEntry))
-            leaf = _leaf(path, node, template, previous.at(path) if needs_place else None)
+            leaf = template.leaf(path, node, previous.at(path) if needs_place else None)
             if leaf is None:
                 return None
             leaves.append(leaf)
@@ -188,7 +136,7 @@ class Structure:
     @collector_paused()
     def plan_settled(
         self, reading: Reading, take_id: str | None, known: Known, sizes: tuple[int, int]
-    ) -> TakePlan | None:
+    ) -> tuple[TakePlan, Expected] | None:
         """The plan of a state that was read into the skeleton: leaves where nothing has changed are settled ones.
 
         Args:
@@ -198,7 +146,8 @@ class Structure:
             sizes: of chunks and of small chunks, as ``plan_take`` is given them.
 
         Returns:
-            None where it must be planned in another way.
+            The plan, and what is to be looked at before its settled leaves may be relied on. None where the state must
+            be planned in another way.
         """
         settled, columns = self._settled, self._columns
         if settled is None or columns is None or reading.skeleton is not self._skeleton or sizes != self._sizes:
@@ -211,11 +160,14 @@ class Structure:
         if not _take_inline(reading, columns, leaves):
             return None
         changed = _take_hashed(reading, columns, leaves)
-        if changed is None:
+        expected = self._expected(reading, columns, leaves)
+        if changed is None or expected is None:
             return None
         numbers = reading.skeleton.numbers
+        # of leaves that changed last time most chunks will differ: they are copied first and hashed then
+        moving = [column for column, leaf in zip(columns.expected, expected, strict=True) if leaf is None]
         fresh = dict(reading.others)
-        fresh.update((numbers[column], reading.leaf(column)) for column in (*changed, *columns.others))
+        fresh.update((numbers[column], reading.leaf(column)) for column in (*changed, *moving, *columns.others))
         for number, node in fresh.items():
             leaf = self._fresh(number, node, settled.leaves[number])
             if leaf is None:
@@ -225,23 +177,77 @@ class Structure:
             # that it differs from what was there needs no other look
             leaves[numbers[column]].chunks[0].changed_last_time = True
         inline_nbytes = columns.inline_nbytes + sum(len(leaves[number].inline or b"") for number in fresh)
-        return self._plan_of(leaves, sorted(fresh), inline_nbytes)
+        still = {number: leaf for number, leaf in zip(columns.expected_numbers, expected, strict=True) if leaf}
+        return self._plan_of(leaves, sorted(fresh), still, inline_nbytes)
+
+    def _expected(self, reading: Reading, columns: Columns, leaves: list[Leaf]) -> list[ExpectedLeaf | None] | None:
+        """The larger tensors whose bytes are likely to be what the last take stored; None in the place of others.
+
+        Returns:
+            None where their memory cannot be read.
+        """
+        buffers = columns.expected_buffers.over(reading.memory)
+        if buffers is None:
+            return None
+        found: list[ExpectedLeaf | None] = []
+        start = 0
+        for column, number in zip(columns.expected, columns.expected_numbers, strict=True):
+            last = leaves[number]
+            end = start + len(self._templates[number].pieces)
+            if any(chunk.changed_last_time for chunk in last.chunks):
+                found.append(None)
+            else:
+                renew = partial(self._renewed, reading, column, number, last)
+                found.append(ExpectedLeaf(leaves, number, buffers[start:end], renew))
+            start = end
+        return found
+
+    def _renewed(self, reading: Reading, column: int, number: int, last: Leaf) -> Leaf:
+        """What takes the place of a settled leaf that turns out to be another one now."""
+        leaf = self._fresh(number, reading.leaf(column), last)
+        if leaf is None:
+            raise AssertionError(f"{last.path} was cut otherwise by the very take that has left it")
+        return leaf
 
     def _fresh(self, number: int, node: Node, last: Leaf) -> Leaf | None:
         """One leaf that is not settled, planned after its template."""
         template = self._templates[number]
-        return _leaf(last.path, node, template, place_of(last) if template.pieces else None)
+        return template.leaf(last.path, node, place_of(last) if template.pieces else None)
 
-    def _plan_of(self, leaves: list[Leaf], fresh: Sequence[int], inline_nbytes: int) -> TakePlan:
-        """The plan of these leaves; ``fresh`` are the numbers of those that are not settled, in their order."""
+    def _plan_of(
+        self, leaves: list[Leaf], fresh: Sequence[int], still: Mapping[int, ExpectedLeaf], inline_nbytes: int
+    ) -> tuple[TakePlan, Expected]:
+        """The plan of these leaves.
+
+        Args:
+            leaves: all of them.
+            fresh: the numbers of those that are not settled, in their order.
+            still: those of which the same bytes are expected, by their numbers, in their order.
+            inline_nbytes: of all leaves.
+        """
         large: list[Chunk] = []
-        groups: list[list[Chunk]] = [[] for _ in range(self._num_groups)]
-        for number in fresh:
-            for chunk, group in zip(leaves[number].chunks, self._templates[number].groups, strict=True):
-                (large if group is None else groups[group]).append(chunk)
+        expected = Expected()
+        groups: list[list[Chunk | ExpectedChunk]] = [[] for _ in range(self._num_groups)]
+        for number in sorted((*fresh, *still)):
+            kept = still.get(number)
+            for index, group in enumerate(self._templates[number].groups):
+                chunk = leaves[number].chunks[index] if kept is None else (kept, index)
+                if group is not None:
+                    groups[group].append(chunk)
+                elif isinstance(chunk, Chunk):
+                    large.append(chunk)
+                else:
+                    expected.large.append(chunk)
+        work = []
+        for members in filter(None, groups):
+            planned = [chunk for chunk in members if isinstance(chunk, Chunk)]
+            if len(planned) == len(members):
+                work.append(planned)
+            else:
+                expected.groups.append(members)
         state_nbytes = self._chunked_nbytes + inline_nbytes
-        work = [group for group in groups if group]
-        return TakePlan(leaves, large, work, state_nbytes, self._chunked_nbytes, self._sizes[1])
+        plan = TakePlan(leaves, large, work, state_nbytes, self._chunked_nbytes, self._sizes[1])
+        return plan, expected
 
     @collector_paused()
     def settle(self, plan: TakePlan, take_id: str, known: Known) -> list[Leaf] | None:
@@ -267,14 +273,14 @@ class Structure:
         if last is not None and all(map(operator.is_, leaves, last.leaves)):
             samples = last.samples
         else:
-            # of what is reused without a look at each
+            # of what is reused without a look at each of their blobs
             refs = [leaves[number].chunks[0].ref for number in columns.hashed_numbers]
             samples = list({ref.key: ref for ref in refs if ref is not None}.values())
         self._settled = _Settled(take_id, known.origin, leaves, samples)
         return leaves
 
 
-def _settled(leaf: Leaf, last: Leaf, template: _Template) -> Leaf:
+def _settled(leaf: Leaf, last: Leaf, template: Template) -> Leaf:
     """What a leaf leaves; ``last`` is what the take before has left of it, if that is settled."""
     if leaf.is_settled:
         return leaf
@@ -284,7 +290,7 @@ def _settled(leaf: Leaf, last: Leaf, template: _Template) -> Leaf:
     return leaf.settled(template.view)
 
 
-def _take_hashed(reading: Reading, columns: _Columns, leaves: list[Leaf]) -> list[int] | None:
+def _take_hashed(reading: Reading, columns: Columns, leaves: list[Leaf]) -> list[int] | None:
     """Compare the chunks of small tensors with the last take: the columns of those that differ.
 
     Returns:
@@ -304,7 +310,7 @@ def _take_hashed(reading: Reading, columns: _Columns, leaves: list[Leaf]) -> lis
     return changed
 
 
-def _take_inline(reading: Reading, columns: _Columns, leaves: list[Leaf]) -> bool:
+def _take_inline(reading: Reading, columns: Columns, leaves: list[Leaf]) -> bool:
     """Put the content of small tensors into the leaves, where it has changed."""
     buffers = columns.inline_buffers.over(reading.memory)
     if buffers is None:
@@ -316,40 +322,6 @@ def _take_inline(reading: Reading, columns: _Columns, leaves: list[Leaf]) -> boo
         if data != leaf.inline:
             leaves[number] = Leaf(leaf.path, leaf.node, leaf.view, leaf.cell, [], data, is_settled=True)
     return True
-
-
-def _leaf(path: str, node: Node, template: _Template, place: Place | None) -> Leaf | None:
-    """One leaf, planned after its template; None where what was there before was cut otherwise."""
-    if isinstance(node, ContainerEntry):
-        return Leaf(path, node)
-    view = template.view
-    if template.is_inline:
-        if view is not None and isinstance(node, TensorLeaf):
-            return Leaf(path, node, view, template.cell, [], _bytes_of(node.tensor, view))
-        return None if isinstance(node, (TensorLeaf, ShardedLeaf)) else Leaf(path, node, inline=node.data)
-    if place is None or len(place.digests) != len(template.pieces):
-        return None
-    if isinstance(node, (ValueLeaf, OpaqueLeaf)):
-        chunks = chunks_of(path, [(BytesSource(node.data), piece) for piece in template.pieces], 1, place)
-        return Leaf(path, node, None, template.cell, chunks)
-    if view is None or isinstance(node, ShardedLeaf) or place.cell != template.cell:
-        return None
-    bound = view.bind(node.tensor)
-    chunks = chunks_of(path, [(bound, piece) for piece in template.pieces], bound.itemsize, place)
-    return Leaf(path, node, bound, template.cell, chunks)
-
-
-def _bytes_of(tensor: Any, view: HostView) -> bytes:
-    """The content of a small tensor that ``view`` was made for, or one like it."""
-    if not view.nbytes:
-        return b""
-    if view.is_plain and isinstance(tensor, torch.Tensor):
-        address = tensor.data_ptr()
-        if address:
-            return ctypes.string_at(address, view.nbytes)
-    data = bytearray(view.nbytes)
-    view.bind(tensor).stage(grid.whole(view.memory_shape), memoryview(data))
-    return bytes(data)
 
 
 _structures: dict[str, Structure] = {}

@@ -46,7 +46,7 @@ from torchsnapshot.taking.plan import SMALL_CHUNK_NBYTES, TakePlan, build_entrie
 from torchsnapshot.taking.planning import TakenState
 from torchsnapshot.taking.repack import lonely_chunks, move
 from torchsnapshot.taking.structure import Structure
-from torchsnapshot.taking.take_jobs import ChunkJob, GroupJob
+from torchsnapshot.taking.take_jobs import buffer_sizes, take_jobs
 from torchsnapshot.version import __version__
 
 VerifyReplicas = Literal["sample", "full", "off"]
@@ -186,16 +186,19 @@ class Take:
             chunk_nbytes = knobs.get_chunk_size_bytes(repository.chunk_nbytes)
             small_nbytes = 0 if knobs.is_batching_disabled() else min(SMALL_CHUNK_NBYTES, chunk_nbytes)
             assert self._state is not None
-            plan, self._structure = self._state.plan(repository.store_id, previous, known, chunk_nbytes, small_nbytes)
+            plan, expected, self._structure = self._state.plan(
+                repository.store_id, previous, known, chunk_nbytes, small_nbytes
+            )
             self._state = None
             blobs, encoding = PendingBlobs(repository), self._options.encoding
             writer = chunk_writer(repository, session.take_id, 0, encoding, in_background=in_background, blobs=blobs)
-        jobs: list[ChunkJob | GroupJob] = [GroupJob(group, known, writer) for group in plan.groups]
-        # what changed last time has to be written, most likely: the sooner that begins, the more work it overlaps with
-        large = sorted(plan.large, key=lambda chunk: not chunk.changed_last_time)
-        jobs.extend(ChunkJob(chunk, known, writer) for chunk in large)
+            jobs, sizes = take_jobs(plan, expected, known, writer), buffer_sizes(plan, expected)
+            # from here on only the jobs hold the application's memory, each until it has been staged
+            del expected
         with stats.phase("stage" if in_background else "write"):
-            run = self._run = submit_take(jobs, concurrency=repository.backend.concurrency, in_background=in_background)
+            concurrency = repository.backend.concurrency
+            run = self._run = submit_take(jobs, concurrency=concurrency, in_background=in_background, sizes=sizes)
+            del jobs
             wait_staged(run) if in_background else run.wait()
         self._work = _Work(session, parent, previous, known, plan, writer, blobs, run)
 

@@ -1,4 +1,4 @@
-"""The units of work of a take, as the engine carries them: one large chunk, or one group of small ones.
+"""The units of work of a take, as the engine carries them: one large chunk, one group of small ones, or a look at many.
 
 What lives here: compare → stage → digest → known? → put, for one unit. What doesn't: the order of a take's steps
 (``take``), what is cut how (``plan``), how bytes are stored, and that one content is stored once (``chunks.writer``),
@@ -11,14 +11,19 @@ are copied and the copy is hashed. So a tensor that another thread changes meanw
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from torchsnapshot.chunks.reader import digest_of
 from torchsnapshot.chunks.writer import ChunkWriter
 from torchsnapshot.engine.buffers import Buffer
+from torchsnapshot.engine.pipeline import Job
 from torchsnapshot.store.envelope import ChunkRef
 from torchsnapshot.store.known import Known
-from torchsnapshot.taking.plan import Chunk
+from torchsnapshot.taking.expected import Expected, ExpectedChunk, differing, size_of
+from torchsnapshot.taking.plan import Chunk, TakePlan
+
+LOOK_NBYTES = 32 << 20
+"""How much one look compares: little enough that cores which share a state come to its end together."""
 
 
 def _holds_still(chunk: Chunk, known: Known) -> bool:
@@ -101,3 +106,72 @@ class GroupJob:
             refs = self._writer.put_pack([member for _, member in new])
             for (chunk, _), ref in zip(new, refs, strict=True):
                 chunk.ref = ref
+
+
+class LookJob:
+    """Compares large chunks with the last take where they lie; those that differ become jobs of their own."""
+
+    nbytes = 0
+
+    def __init__(self, chunks: Sequence[ExpectedChunk], known: Known, writer: ChunkWriter) -> None:
+        self._chunks = chunks
+        self._known = known
+        self._writer = writer
+
+    def stage(self, buffer: Buffer | None) -> Sequence[Job]:
+        """Look at all of them."""
+        return [ChunkJob(chunk, self._known, self._writer) for chunk in differing(self._chunks, self._known)]
+
+    def finish(self, buffer: Buffer | None) -> None:
+        """Nothing is left."""
+
+
+class GroupLookJob:
+    """The same for the small chunks of one group: those that differ are packed together."""
+
+    nbytes = 0
+
+    def __init__(self, group: Sequence[Chunk | ExpectedChunk], known: Known, writer: ChunkWriter) -> None:
+        self._group = group
+        self._known = known
+        self._writer = writer
+
+    def stage(self, buffer: Buffer | None) -> Sequence[Job]:
+        """Look at all of them."""
+        group = differing(self._group, self._known)
+        return [GroupJob(group, self._known, self._writer)] if group else []
+
+    def finish(self, buffer: Buffer | None) -> None:
+        """Nothing is left."""
+
+
+def take_jobs(plan: TakePlan, expected: Expected, known: Known, writer: ChunkWriter) -> list[Job]:
+    """The jobs of a take, in the order in which they should be staged."""
+    jobs: list[Job] = [GroupJob(group, known, writer) for group in plan.groups]
+    jobs += [GroupLookJob(group, known, writer) for group in expected.groups]
+    # what changed last time has to be written, most likely: the sooner that begins, the more work it overlaps with
+    large = sorted(plan.large, key=lambda chunk: not chunk.changed_last_time)
+    jobs += [ChunkJob(chunk, known, writer) for chunk in large]
+    jobs += [LookJob(chunks, known, writer) for chunks in _runs(expected.large)]
+    return jobs
+
+
+def buffer_sizes(plan: TakePlan, expected: Expected) -> list[int]:
+    """The bytes of every buffer that the jobs of a take need if everything has changed."""
+    large: list[Chunk | ExpectedChunk] = [*plan.large, *expected.large]
+    groups: list[Sequence[Chunk | ExpectedChunk]] = [*plan.groups, *expected.groups]
+    return [*map(size_of, large), *(sum(map(size_of, group)) for group in groups)]
+
+
+def _runs(chunks: Iterable[ExpectedChunk]) -> Iterator[list[ExpectedChunk]]:
+    """Chunks in runs of about ``LOOK_NBYTES``, in their order."""
+    run: list[ExpectedChunk] = []
+    nbytes = 0
+    for chunk in chunks:
+        run.append(chunk)
+        nbytes += size_of(chunk)
+        if nbytes >= LOOK_NBYTES:
+            yield run
+            run, nbytes = [], 0
+    if run:
+        yield run
