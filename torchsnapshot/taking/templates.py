@@ -1,4 +1,4 @@
-"""What stays of a planned state without its memory: a template for each leaf, and the tensors by what is done with them.
+"""What stays of a planned state without its memory: each leaf's template, and the tensors by what is done with them.
 
 What doesn't live here: what is done, and with which state (``structure``).
 """
