@@ -47,9 +47,15 @@ class WrappingBackend(Backend):
         assert isinstance(found, bytes)
         return found
 
-    def read_into(self, key: str, start: int, buffer: memoryview, *, aligned: bool = False) -> None:
+    def read_into(
+        self, key: str, start: int, buffer: memoryview, *, aligned: bool = False, may_wait: bool = True
+    ) -> bool:
         """See ``Backend.read_into``."""
-        self.around("read", key, lambda: self.inner.read_into(key, start, buffer, aligned=aligned))
+        found = self.around(
+            "read", key, lambda: self.inner.read_into(key, start, buffer, aligned=aligned, may_wait=may_wait)
+        )
+        assert isinstance(found, bool)
+        return found
 
     def stat(self, key: str) -> ObjectInfo:
         """See ``Backend.stat``."""

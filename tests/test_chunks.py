@@ -56,7 +56,9 @@ class FakeStore:
         """As the repository's."""
         return len(self.blobs[key]) if key in self.blobs else None
 
-    def read_blob_into(self, key: str, start: int, buffer: memoryview, *, aligned: bool = False) -> None:
+    def read_blob_into(
+        self, key: str, start: int, buffer: memoryview, *, aligned: bool = False, may_wait: bool = True
+    ) -> bool:
         """As the repository's."""
         with self._lock:
             self.num_reads += 1
@@ -68,6 +70,7 @@ class FakeStore:
         assert is_page_memory(buffer) or not aligned
         buffer[:] = data
         self.after_read(key, buffer)
+        return True
 
 
 @pytest.fixture

@@ -51,14 +51,23 @@ class BlobStore(Protocol):
         """Size of a blob; None where it is not there."""
         ...
 
-    def read_blob_into(self, key: str, start: int, buffer: memoryview, *, aligned: bool = False) -> None:
-        """Fill ``buffer`` from the blob's bytes; ``StoreError`` where it ends too soon."""
+    def read_blob_into(
+        self, key: str, start: int, buffer: memoryview, *, aligned: bool = False, may_wait: bool = True
+    ) -> bool:
+        """Fill ``buffer`` from the blob's bytes; ``StoreError`` where it ends too soon.
+
+        With ``may_wait=False`` only where the store need not be waited for; returns whether that was so.
+        """
         ...
 
 
 def digest_of(memory: memoryview) -> bytes:
     """The digest that names these bytes: canonical xxh3_128, 16 bytes. Runs at about memory speed, without the GIL."""
     return xxhash.xxh3_128_digest(memory)
+
+
+class _NotAtHandError(Exception):
+    """Stored bytes would have to be waited for."""
 
 
 class ChunkReader:
@@ -100,14 +109,36 @@ class ChunkReader:
             where = f"{path}: " if path else ""
             raise type(problem)(f"{where}stored bytes cannot be used, read twice: {problem}. {_CURE}")
 
-    def read_range(self, ref: ChunkRef, start: int, buffer: memoryview) -> None:
+    def read_at_hand(self, ref: ChunkRef, out: memoryview) -> bool:
+        """``read_into``, unless the store would have to be waited for.
+
+        Returns:
+            Whether ``out`` holds the chunk's raw bytes. Also False where something is wrong with what is at hand:
+            ``read_into`` reads it again and says what.
+        """
+        try:
+            return self._read_chain(_chain(ref), out, aligned=False, may_wait=False) is None
+        except _NotAtHandError:
+            return False
+
+    def read_range(self, ref: ChunkRef, start: int, buffer: memoryview, *, may_wait: bool = True) -> bool:
         """Fill ``buffer`` from ``start`` on in the blob that holds ``ref``: several members of a pack at once.
+
+        Args:
+            ref: one of the members.
+            start: in bytes.
+            buffer: writable.
+            may_wait: False: only where the store need not be waited for.
+
+        Returns:
+            Whether that was so.
 
         Raises:
             What ``read_into`` raises; nothing is checked yet.
         """
+        aligned = self._is_alone and _may_be_direct(buffer)
         try:
-            self._store.read_blob_into(ref.key, start, buffer, aligned=self._is_alone and _may_be_direct(buffer))
+            return self._store.read_blob_into(ref.key, start, buffer, aligned=aligned, may_wait=may_wait)
         except StoreError as error:
             raise self._explain(ref.key, start + buffer.nbytes, error) from error
 
@@ -122,7 +153,9 @@ class ChunkReader:
         if ref.base is not None or _unpack(ref, stored, out, has_base=False):
             self.read_into(ref, out, path=path)
 
-    def _read_chain(self, chain: Sequence[ChunkRef], out: memoryview, aligned: bool) -> SnapshotError | None:
+    def _read_chain(
+        self, chain: Sequence[ChunkRef], out: memoryview, aligned: bool, *, may_wait: bool = True
+    ) -> SnapshotError | None:
         """Read a chunk by way of its bases, each decoded in place of its own base; returns what is wrong."""
         for depth, ref in enumerate(chain):
             buffer: Buffer | None = None
@@ -134,7 +167,10 @@ class ChunkReader:
                     stored = buffer.memory(ref.stored_nbytes)
                 try:
                     may_be_direct = aligned if buffer is None else self._is_alone
-                    self._store.read_blob_into(ref.key, ref.offset, stored, aligned=may_be_direct)
+                    if not self._store.read_blob_into(
+                        ref.key, ref.offset, stored, aligned=may_be_direct, may_wait=may_wait
+                    ):
+                        raise _NotAtHandError
                 except StoreError as error:
                     return self._explain(ref.key, ref.offset + ref.stored_nbytes, error)
                 problem = _unpack(ref, stored, out, has_base=depth > 0)

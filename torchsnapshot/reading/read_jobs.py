@@ -1,8 +1,9 @@
 """The units of work of a restore, as the engine carries them: one chunk, or neighbouring chunks of one pack.
 
-What lives here: look whether the target holds the bytes already → read → decode → check → scatter, for one unit. What
+What lives here: look whether the target holds the bytes already → read → decode → check → scatter, for one unit, in the
+engine's two steps: ``stage`` does all of it where the store need not be waited for, else ``finish`` does the rest. What
 doesn't: which chunk goes where (``restoring.restore``, ``targets``), how bytes are read and checked
-(``chunks.writer``).
+(``chunks.reader``).
 
 Invariants: bytes reach a sink only after their digest was checked; content that several sinks want is read once; a
 sink that already holds a chunk is neither read for nor written to.
@@ -61,11 +62,15 @@ class Share:
 
 @dataclass(slots=True, eq=False)
 class Sink:
-    """Where the chunks of one leaf go. ``looks``: its memory may hold them already; hashing is cheaper than reading."""
+    """Where the chunks of one leaf go.
+
+    ``looks``: its memory may hold them already. ``has_held``: it has been found to hold one. ``written``: it got one.
+    """
 
     path: str
     memory: Memory
     looks: bool = False
+    has_held: bool = False
     written: bool = False
 
     def holds(self, share: Share, ref: ChunkRef) -> bool:
@@ -73,7 +78,10 @@ class Sink:
         if not self.looks or share.offset is None:
             return False
         live = self.memory.live(share.offset, ref.nbytes)
-        return live is not None and digest_of(live) == ref.digest
+        if live is None or digest_of(live) != ref.digest:
+            return False
+        self.has_held = True
+        return True
 
     def scatter(self, share: Share, data: memoryview) -> None:
         """Write one chunk, or the part of it that is wanted."""
@@ -86,6 +94,36 @@ class Sink:
 
 Wanted = list[tuple[Sink, Share]]
 """Everywhere that one content goes."""
+
+
+class Looking:
+    """Whether targets are looked at before chunks are read for them. Thread-safe enough: its counts may be off by some.
+
+    A look costs a pass over the target's memory, and saves a read where it finds something. So a restore begins with
+    looking, and when ``PATIENCE`` looks in a row have found nothing, looks only at one chunk in ``EVERY``, until it
+    finds something again. At what belongs to a tensor that held a chunk it looks in any case.
+    """
+
+    PATIENCE = 24
+    EVERY = 8
+
+    def __init__(self) -> None:
+        self._num_in_vain = 0
+        self._num_passed = 0
+
+    def still_wanted(self, ref: ChunkRef, wanted: Wanted) -> Wanted:
+        """Those of ``wanted`` that are not known to hold the chunk."""
+        if not any(sink.looks for sink, _ in wanted) or not self._is_worth_it(wanted):
+            return wanted
+        still = [(sink, share) for sink, share in wanted if not sink.holds(share, ref)]
+        self._num_in_vain = 0 if len(still) < len(wanted) else self._num_in_vain + 1
+        return still
+
+    def _is_worth_it(self, wanted: Wanted) -> bool:
+        if self._num_in_vain < self.PATIENCE or any(sink.has_held for sink, _ in wanted):
+            return True
+        self._num_passed += 1
+        return self._num_passed % self.EVERY == 0
 
 
 @dataclass(slots=True)
@@ -108,79 +146,94 @@ class Counters:
             self.stats.reused_nbytes += ref.nbytes
 
 
-def _still_wanted(ref: ChunkRef, wanted: Wanted) -> Wanted:
-    return [(sink, share) for sink, share in wanted if not sink.holds(share, ref)]
-
-
 class ChunkReadJob:
     """Brings one chunk to all that want it."""
 
-    def __init__(self, ref: ChunkRef, wanted: Wanted, reader: ChunkReader, counters: Counters) -> None:
+    def __init__(
+        self, ref: ChunkRef, wanted: Wanted, reader: ChunkReader, looking: Looking, counters: Counters
+    ) -> None:
         self.nbytes = ref.nbytes
         self._ref = ref
         self._wanted = wanted
         self._reader = reader
+        self._looking = looking
         self._counters = counters
 
     def stage(self, buffer: Buffer | None) -> bool:
-        """Do all of it; nothing is left to finish."""
-        wanted = _still_wanted(self._ref, self._wanted)
-        if not wanted:
+        """See who wants it still, and bring it where the store need not be waited for."""
+        self._wanted = self._looking.still_wanted(self._ref, self._wanted)
+        if not self._wanted:
             self._counters.held(self._ref)
             return False
         assert buffer is not None
         raw = buffer.memory(self.nbytes)
-        with naming(wanted):
-            self._reader.read_into(self._ref, raw)
-        for sink, share in wanted:
-            sink.scatter(share, raw)
-        self._counters.read(self._ref)
-        return False
+        with naming(self._wanted):
+            is_at_hand = self._reader.read_at_hand(self._ref, raw)
+        if is_at_hand:
+            self._bring(raw)
+        return not is_at_hand
 
     def finish(self, buffer: Buffer | None) -> None:
-        """Nothing is left."""
+        """Wait for it and bring it."""
+        assert buffer is not None
+        raw = buffer.memory(self.nbytes)
+        with naming(self._wanted):
+            self._reader.read_into(self._ref, raw)
+        self._bring(raw)
+
+    def _bring(self, raw: memoryview) -> None:
+        for sink, share in self._wanted:
+            sink.scatter(share, raw)
+        self._counters.read(self._ref)
 
 
 class PackReadJob:
     """Brings neighbouring chunks of one pack to all that want them, with one request."""
 
-    def __init__(self, members: list[tuple[ChunkRef, Wanted]], reader: ChunkReader, counters: Counters) -> None:
+    def __init__(
+        self, members: list[tuple[ChunkRef, Wanted]], reader: ChunkReader, looking: Looking, counters: Counters
+    ) -> None:
         first, last = members[0][0], members[-1][0]
-        self._start = first.offset
         self._range_nbytes = last.offset + last.stored_nbytes - first.offset
         self.nbytes = self._range_nbytes + max(ref.nbytes for ref, _ in members)
         self._members = members
         self._reader = reader
+        self._looking = looking
         self._counters = counters
 
     def stage(self, buffer: Buffer | None) -> bool:
-        """Do all of it; nothing is left to finish."""
+        """See what is still wanted, and bring it where the store need not be waited for."""
         missing = []
         for ref, wanted in self._members:
-            still = _still_wanted(ref, wanted)
+            still = self._looking.still_wanted(ref, wanted)
             if still:
                 missing.append((ref, still))
             else:
                 self._counters.held(ref)
-        if not missing:
-            return False
+        self._members = missing
+        return bool(missing) and not self._read_and_bring(buffer, may_wait=False)
+
+    def finish(self, buffer: Buffer | None) -> None:
+        """Wait for it and bring it."""
+        self._read_and_bring(buffer, may_wait=True)
+
+    def _read_and_bring(self, buffer: Buffer | None, *, may_wait: bool) -> bool:
         assert buffer is not None
         memory = buffer.memory(self.nbytes)
-        start = missing[0][0].offset
-        stored = memory[: missing[-1][0].offset + missing[-1][0].stored_nbytes - start]
-        with naming(missing[0][1]):
-            self._reader.read_range(missing[0][0], start, stored)
-        for ref, wanted in missing:
+        (first, wanted), (last, _) = self._members[0], self._members[-1]
+        stored = memory[: last.offset + last.stored_nbytes - first.offset]
+        with naming(wanted):
+            if not self._reader.read_range(first, first.offset, stored, may_wait=may_wait):
+                return False
+        for ref, wanted in self._members:
+            start = ref.offset - first.offset
             raw = memory[self._range_nbytes : self._range_nbytes + ref.nbytes]
             with naming(wanted):
-                self._reader.decode_into(ref, stored[ref.offset - start : ref.offset - start + ref.stored_nbytes], raw)
+                self._reader.decode_into(ref, stored[start : start + ref.stored_nbytes], raw)
             for sink, share in wanted:
                 sink.scatter(share, raw)
             self._counters.read(ref)
-        return False
-
-    def finish(self, buffer: Buffer | None) -> None:
-        """Nothing is left."""
+        return True
 
 
 class naming:
@@ -203,16 +256,17 @@ def read_jobs(
     wanted: Iterable[tuple[ChunkRef, Wanted]], reader: ChunkReader, counters: Counters
 ) -> Iterator[ChunkReadJob | PackReadJob]:
     """The jobs that bring every content to all that want it: whole blobs first, then packs by neighbourhood."""
+    looking = Looking()
     packed: dict[str, list[tuple[ChunkRef, Wanted]]] = {}
     for ref, sinks in wanted:
         if ref.stored_nbytes == ref.blob_nbytes:
-            yield ChunkReadJob(ref, sinks, reader, counters)
+            yield ChunkReadJob(ref, sinks, reader, looking, counters)
         else:
             packed.setdefault(ref.key, []).append((ref, sinks))
     for members in packed.values():
         members.sort(key=lambda member: member[0].offset)
         for run in _neighbours(members):
-            yield PackReadJob(run, reader, counters)
+            yield PackReadJob(run, reader, looking, counters)
 
 
 def _neighbours(members: Iterable[tuple[ChunkRef, Wanted]]) -> Iterator[list[tuple[ChunkRef, Wanted]]]:

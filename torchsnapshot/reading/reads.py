@@ -172,6 +172,7 @@ class Reading:
             submit(
                 jobs,
                 num_workers=knobs.get_num_workers(self._repository.backend.concurrency),
+                num_staging=knobs.get_num_threads(),
                 budget=budget_nbytes or knobs.get_memory_budget_bytes(),
                 mode=Mode.THROUGH,
             ).wait()

@@ -126,11 +126,21 @@ class Backend(ABC):
         """At most the first ``nbytes`` bytes of the object; a shorter object gives what it has. One request."""
 
     @abstractmethod
-    def read_into(self, key: str, start: int, buffer: memoryview, *, aligned: bool = False) -> None:
+    def read_into(
+        self, key: str, start: int, buffer: memoryview, *, aligned: bool = False, may_wait: bool = True
+    ) -> bool:
         """Fill ``buffer`` with the object's bytes from ``start``; a short object is a ``StoreError``.
 
-        ``aligned``: ``buffer`` begins on a ``PAGE_NBYTES`` boundary of pool memory, and the memory up to the next
-        boundary behind its end may be written: direct I/O may be used.
+        Args:
+            key: of the object.
+            start: in bytes.
+            buffer: writable.
+            aligned: ``buffer`` begins on a ``PAGE_NBYTES`` boundary of pool memory, and the memory up to the next
+                boundary behind its end may be written: direct I/O may be used.
+            may_wait: False: only if the bytes are in this machine's memory.
+
+        Returns:
+            Whether it was filled; if not, it would have had to be waited for, and ``buffer`` holds anything.
         """
 
     @abstractmethod

@@ -231,13 +231,16 @@ class LocalBackend(Backend):
             done += len(piece)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    def read_into(self, key: str, start: int, buffer: memoryview, *, aligned: bool = False) -> None:
+    def read_into(
+        self, key: str, start: int, buffer: memoryview, *, aligned: bool = False, may_wait: bool = True
+    ) -> bool:
         """See ``Backend.read_into``."""
         view = buffer.cast("B")
         with self._open(key) as file:
-            done = self._reader.read(file.number, view, start, direct=aligned)
-            if done < view.nbytes:
+            done = self._reader.read(file.number, view, start, direct=aligned, may_wait=may_wait)
+            if done is not None and done < view.nbytes:
                 raise self._short(key, start, view.nbytes, done)
+        return done is not None
 
     def stat(self, key: str) -> ObjectInfo:
         """See ``Backend.stat``."""

@@ -51,9 +51,12 @@ class MemoryBackend(Backend):
         """See ``Backend.read_head``."""
         return self._get(key)[0][:nbytes]
 
-    def read_into(self, key: str, start: int, buffer: memoryview, *, aligned: bool = False) -> None:
+    def read_into(
+        self, key: str, start: int, buffer: memoryview, *, aligned: bool = False, may_wait: bool = True
+    ) -> bool:
         """See ``Backend.read_into``."""
         buffer.cast("B")[:] = self.read(key, start, buffer.nbytes)
+        return True
 
     def stat(self, key: str) -> ObjectInfo:
         """See ``Backend.stat``."""

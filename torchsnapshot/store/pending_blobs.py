@@ -36,9 +36,11 @@ class PendingBlobs:
         """See ``Repository.blob_nbytes``."""
         return self._repository.blob_nbytes(key)
 
-    def read_blob_into(self, key: str, start: int, buffer: memoryview, *, aligned: bool = False) -> None:
+    def read_blob_into(
+        self, key: str, start: int, buffer: memoryview, *, aligned: bool = False, may_wait: bool = True
+    ) -> bool:
         """See ``Repository.read_blob_into``."""
-        self._repository.read_blob_into(key, start, buffer, aligned=aligned)
+        return self._repository.read_blob_into(key, start, buffer, aligned=aligned, may_wait=may_wait)
 
     def sync(self) -> None:
         """Make all that was put durable.

@@ -104,10 +104,11 @@ class FileReader:
     """
 
     def __init__(self) -> None:
-        self._direct = _O_DIRECT != 0 and _NOWAIT != 0 and hasattr(os, "posix_fadvise")
+        self._can_ask = _NOWAIT != 0 and hasattr(os, "posix_fadvise")
+        self._direct = _O_DIRECT != 0 and self._can_ask
         self._page = _BouncePage()
 
-    def read(self, file: int, view: memoryview, start: int, *, direct: bool) -> int:
+    def read(self, file: int, view: memoryview, start: int, *, direct: bool, may_wait: bool = True) -> int | None:
         """Fill ``view`` from ``start`` on in the file.
 
         Args:
@@ -115,12 +116,17 @@ class FileReader:
             view: where to.
             start: in bytes.
             direct: ``view`` begins on a page of memory that is left out of forks.
+            may_wait: False: only where the page cache seems to hold all of it.
 
         Returns:
-            How many bytes there were: less than the view's only where the file ends.
+            How many bytes there were: less than the view's only where the file ends. None where nothing was read, as
+            the disk would have had to be waited for.
         """
         done = 0
-        if direct and self._direct and view.nbytes >= DIRECT_MIN_NBYTES and start % PAGE_NBYTES == 0:
+        if not may_wait:
+            if self._would_wait(file, start, view.nbytes):
+                return None
+        elif direct and self._direct and view.nbytes >= DIRECT_MIN_NBYTES and start % PAGE_NBYTES == 0:
             done = self._read_direct(file, view, start)
         while done < view.nbytes:
             num_read = os.preadv(file, [view[done:]], start + done)
@@ -146,11 +152,22 @@ class FileReader:
             self._direct = False
             return 0
 
+    def _would_wait(self, file: int, start: int, nbytes: int) -> bool:
+        if not self._can_ask:
+            return True
+        try:
+            return not self._is_cached(file, start, nbytes)
+        except OSError as error:
+            if error.errno not in _NO_DIRECT:
+                raise
+            self._can_ask = False
+            return True
+
     def _is_cached(self, file: int, start: int, nbytes: int) -> bool:
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
         try:
             for _ in range(_NUM_PROBES):
-                page = start + random.randrange(nbytes // PAGE_NBYTES) * PAGE_NBYTES
+                page = start + random.randrange(-(-nbytes // PAGE_NBYTES)) * PAGE_NBYTES
                 if os.preadv(file, [self._page.memory], page, _NOWAIT) <= 0:
                     return False
         except BlockingIOError:

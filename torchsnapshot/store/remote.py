@@ -125,10 +125,15 @@ class RemoteBackend(Backend):
         """See ``Backend.read_head``."""
         return self._get(key, 0, nbytes)
 
-    def read_into(self, key: str, start: int, buffer: memoryview, *, aligned: bool = False) -> None:
+    def read_into(
+        self, key: str, start: int, buffer: memoryview, *, aligned: bool = False, may_wait: bool = True
+    ) -> bool:
         """See ``Backend.read_into``."""
+        if not may_wait:
+            return False
         view = buffer.cast("B")
         view[:] = self.read(key, start, view.nbytes)
+        return True
 
     def _get(self, key: str, start: int, nbytes: int | None) -> bytes:
         self._check(key)

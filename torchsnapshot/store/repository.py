@@ -184,14 +184,16 @@ class Repository:
         except KeyAbsentError as error:
             raise self._missing(key) from error
 
-    def read_blob_into(self, key: str, start: int, buffer: memoryview, *, aligned: bool = False) -> None:
-        """Fill ``buffer`` with a blob's bytes from ``start``.
+    def read_blob_into(
+        self, key: str, start: int, buffer: memoryview, *, aligned: bool = False, may_wait: bool = True
+    ) -> bool:
+        """Fill ``buffer`` with a blob's bytes from ``start``; see ``Backend.read_into``.
 
         Raises:
             MissingBlobError: the blob is not there.
         """
         try:
-            self.backend.read_into(_blob(key), start, buffer, aligned=aligned)
+            return self.backend.read_into(_blob(key), start, buffer, aligned=aligned, may_wait=may_wait)
         except KeyAbsentError as error:
             raise self._missing(key) from error
 
