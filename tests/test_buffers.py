@@ -145,6 +145,19 @@ class TestPool:
         assert pool.warm_nbytes({1 << 20: 9}) == 4 << 20
         assert b"here" in [bytes(pool.acquire(1 << 20).memory(4)) for _ in range(4)]
 
+    def test_what_is_lent_counts_as_ready(self) -> None:
+        """Buffers on loan come back: only what is lacking beside them is mapped, and all of it is kept then."""
+        pool = BufferPool(keep_nbytes=1)
+        lent = [pool.acquire(1 << 20) for _ in range(3)]
+        assert pool.lacks({1 << 20: 5})
+        assert not pool.lacks({1 << 20: 3})
+        pool.prefault({1 << 20: 5})
+        assert pool.free_nbytes == 2 << 20
+        assert not pool.lacks({1 << 20: 5})
+        for buffer in lent:
+            buffer.release()
+        assert pool.free_nbytes == 5 << 20
+
     def test_prefault_stops_when_told(self) -> None:
         """It asks before each 2 MiB; a buffer that was not touched to its end is not handed out as ready."""
         pool = BufferPool()

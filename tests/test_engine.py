@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from pathlib import Path
@@ -174,6 +175,115 @@ def test_wait_staged_returns_before_anything_is_finished(record: Record) -> None
     assert not run.wait(timeout=0)
     gate.set()
     assert run.wait()
+
+
+class Finding:
+    """A job without a buffer that finds other jobs."""
+
+    nbytes = 0
+
+    def __init__(self, record: Record, number: int, found: list[Job]) -> None:
+        self._record = record
+        self._number = number
+        self._found = found
+
+    def stage(self, buffer: Buffer | None) -> list[Job]:
+        """Finds them."""
+        assert buffer is None
+        self._record.note("s", self._number)
+        return self._found
+
+    def finish(self, buffer: Buffer | None) -> None:
+        """Never called."""
+        raise AssertionError
+
+
+@pytest.mark.parametrize("mode", Mode)
+def test_jobs_that_are_found_come_next(record: Record, mode: Mode) -> None:
+    """What a job finds is carried before what was there, also what that finds in its turn."""
+    inner = Finding(record, 1, [Numbered(record, 2)])
+    jobs: list[Job] = [Finding(record, 0, [inner]), Numbered(record, 3), Finding(record, 4, [])]
+    submit(jobs, num_workers=1, mode=mode, pool=record.pool).wait()
+    assert record.staged == [0, 1, 2, 3, 4]
+    assert record.finished == [2, 3]
+
+
+def test_all_is_staged_when_what_was_found_is(record: Record) -> None:
+    """``wait_staged`` waits for jobs that the last one finds, and not for their end."""
+    gate = threading.Event()
+    found: list[Job] = [Numbered(record, number, in_finish=gate.wait) for number in range(1, 9)]
+    run = submit([Finding(record, 0, found)], num_workers=3, mode=Mode.STAGE_FIRST, pool=record.pool)
+    assert run.wait_staged()
+    assert sorted(record.staged) == list(range(9))
+    gate.set()
+    assert run.wait()
+    assert sorted(record.finished) == list(range(1, 9))
+
+
+def test_what_was_found_is_dropped_after_an_error(record: Record) -> None:
+    """A run that has failed stages nothing that is found afterwards."""
+    failed = threading.Event()
+
+    def wait_for_failure() -> list[Job]:
+        failed.wait()
+        while run.error is None:
+            time.sleep(0.001)
+        return [Numbered(record, 2)]
+
+    def fail_after_all_began() -> None:
+        failed.set()
+        fail()
+
+    late = Finding(record, 0, [])
+    late.stage = lambda buffer: wait_for_failure()  # type: ignore[method-assign]
+    run = submit([late, Numbered(record, 1, in_stage=fail_after_all_began)], num_workers=2, pool=record.pool)
+    with pytest.raises(OSError, match="broken"):
+        run.wait()
+    assert record.staged == [1]
+
+
+@pytest.mark.parametrize("mode", Mode)
+def test_jobs_beside_pass_those_that_wait_for_memory(record: Record, mode: Mode) -> None:
+    """With memory for one buffer, what needs none goes on while that one is in use."""
+    gate = threading.Event()
+    beside: list[Job] = [Finding(record, 10 + number, []) for number in range(5)]
+    beside.append(Numbered(record, 15, 0, needs_finish=False, in_stage=gate.set))
+    jobs: list[Job] = [Numbered(record, number, in_finish=gate.wait) for number in range(3)]
+    run = submit(jobs, beside=beside, num_workers=2, num_staging=1, budget=PAGE, mode=mode, pool=record.pool)
+    assert run.wait()
+    assert record.staged == [0, *range(10, 16), 1, 2]
+    assert record.finished == [0, 1, 2]
+
+
+def test_cores_go_on_while_as_many_finish_as_may(record: Record) -> None:
+    """With all workers finishing, others stage what there are cores for, and no more: that would only take memory."""
+    gate = threading.Event()
+    beside = [Numbered(record, 20, 0, needs_finish=False, in_stage=gate.set)]
+    jobs = [Numbered(record, number, in_finish=gate.wait) for number in range(20)]
+    run = submit(jobs, beside=beside, num_workers=3, num_staging=2, pool=record.pool)
+    assert run.wait()
+    # three finish, two wait for that, two that were being staged beside one another may wait with them
+    assert len(record.staged[: record.staged.index(20)]) in range(5, 8)
+    assert record.most_lent <= 7 * PAGE
+    assert sorted(record.finished) == list(range(20))
+
+
+def test_no_more_are_staged_at_once_than_there_are_cores(record: Record) -> None:
+    """However many workers have joined to finish, only as many stage as were asked for."""
+    lock, now, most = threading.Lock(), [0], [0]
+
+    def stage() -> None:
+        with lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        time.sleep(0.001)
+        with lock:
+            now[0] -= 1
+
+    jobs = [Numbered(record, number, in_stage=stage, in_finish=lambda: time.sleep(0.002)) for number in range(60)]
+    assert submit(jobs, num_workers=8, num_staging=2, pool=record.pool).wait()
+    assert most[0] == 2
+    assert sorted(record.finished) == list(range(60))
 
 
 def test_job_that_needs_no_finish_is_not_finished(record: Record) -> None:

@@ -8,7 +8,9 @@ import fcntl
 import os
 import resource
 import signal
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +203,19 @@ class TestOrder:
             another.put(blob()[1], b"")
         assert calls.count(("fsync", blobs)) == 1
 
+    def test_folders_are_made_by_one_put(self, backend: LocalBackend, calls: list[Call]) -> None:
+        """The first puts of a store come together: one of them makes the folders, and the others wait for it."""
+        together = threading.Barrier(8)
+
+        def put(_: int) -> None:
+            together.wait()
+            backend.put(blob()[1], b"")
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(put, range(8)))
+        made = [call[1] for call in calls if call[0] == "mkdir"]
+        assert len(made) <= len(set(made)) + 1
+
     def test_not_durable_never_fsyncs(self, tmp_path: Path, calls: list[Call]) -> None:
         """With durable=False there is no fsync at all, and still a rename of a whole file."""
         backend = LocalBackend(str(tmp_path / "root"), durable=False)
@@ -389,6 +404,40 @@ class TestDirect:
         assert memory[:wanted] == content[start : start + wanted]
         with pytest.raises(StoreError, match="too short"):
             backend.read_into("warm/key", start, map_pages(nbytes + 1)[: nbytes + 1 - start], aligned=True)
+
+    def test_read_without_waiting(self, backend: LocalBackend) -> None:
+        """What the page cache holds is read without waiting; for what it doesn't hold the caller is told to wait."""
+        content = os.urandom(NBYTES)
+        backend.put("warm/key", content)
+        memory = map_pages(NBYTES)
+        with open(os.path.join(backend.root, "warm", "key"), "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            assert not backend.read_into("warm/key", 0, memory[:NBYTES], may_wait=False)
+            file.read()
+        assert backend.read_into("warm/key", 0, memory[:NBYTES], may_wait=False)
+        assert memory[:NBYTES] == content
+        assert backend.read_into("warm/key", NBYTES - 5, memory[:5], may_wait=False)
+        assert memory[:5] == content[-5:]
+        with pytest.raises(StoreError, match="too short"):
+            backend.read_into("warm/key", NBYTES - 5, memory[:6], may_wait=False)
+
+    def test_systems_that_cannot_be_asked_are_waited_for(
+        self, backend: LocalBackend, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where it cannot be found out whether a read would wait, it is taken to, and nobody asks again."""
+        backend.put("warm/key", bytes(NBYTES))
+        questions = []
+
+        def refuse(*_: object) -> bool:
+            questions.append(1)
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+        monkeypatch.setattr(backend._reader, "_is_cached", refuse)
+        for _ in range(2):
+            assert not backend.read_into("warm/key", 0, memoryview(bytearray(NBYTES)), may_wait=False)
+        assert backend.read_into("warm/key", 0, memoryview(bytearray(NBYTES)))
+        assert len(questions) == 1
 
     def test_refused_direct_read(self, backend: LocalBackend, monkeypatch: pytest.MonkeyPatch) -> None:
         """A filesystem that refuses direct reads gives the same bytes through the cache, and isn't asked again."""

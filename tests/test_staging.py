@@ -19,7 +19,7 @@ from torchsnapshot import Snapshot, StateDict, knobs
 from torchsnapshot.engine import buffers, staging
 from torchsnapshot.engine.buffers import Buffer, BufferPool
 from torchsnapshot.engine.pipeline import Run
-from torchsnapshot.engine.staging import Warming, buffers_to_have, staging_budget, submit_take, warm_up
+from torchsnapshot.engine.staging import Warming, buffers_to_have, staging_budget, submit_take, wait_staged, warm_up
 
 MIB = 1 << 16
 """A small mebibyte: what holds for it holds for the real one, and touching it takes less time."""
@@ -42,16 +42,19 @@ def _machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 class Copy:
     """A job that keeps its buffer until its end."""
 
-    def __init__(self, nbytes: int, *, changed: bool = True) -> None:
+    def __init__(self, nbytes: int, *, changed: bool = True, gate: threading.Event | None = None) -> None:
         self.nbytes = nbytes
         self._changed = changed
+        self._gate = gate
 
     def stage(self, buffer: Buffer | None) -> bool:
         """Say whether anything is left to do."""
         return self._changed
 
     def finish(self, buffer: Buffer | None) -> None:
-        """Nothing."""
+        """Nothing but to wait at the gate."""
+        if self._gate is not None:
+            self._gate.wait()
 
 
 def free_memory(nbytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,6 +112,21 @@ class TestTakes:
         assert budget_of(second) == 160 * MIB
         second.wait()
         assert pool.free_nbytes == (40 + 4) * 4 * MIB
+
+    def test_memory_gets_ready_while_the_take_goes_on(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What was lacking is there once everything is staged and some time has passed, before anything is put."""
+        free_memory(8192 * MIB, monkeypatch)
+        pool = BufferPool(64 * MIB)
+        gate = threading.Event()
+        jobs = [Copy(4 * MIB, gate=gate) for _ in range(16)]
+        run = submit_take(jobs, concurrency=1, in_background=True, pool=pool)
+        assert wait_staged(run, pool=pool)
+        staging.warming().wait_ended()
+        assert not run.done
+        assert pool.lent_nbytes == 64 * MIB
+        assert pool.free_nbytes == 4 * 4 * MIB
+        gate.set()
+        run.wait()
 
     def test_only_what_changed_gets_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """What was proved to be stored already needed no buffer of its own, and none gets ready for it."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -670,3 +672,53 @@ def test_stats_add_up(root: Path) -> None:
     assert {"state_dict", "lease", "index", "plan", "write", "commit"} <= stats.seconds.keys()
     head = Snapshot(str(root / "step_2")).head
     assert (head.state_nbytes, head.new_nbytes, head.num_chunks) == (stats.state_nbytes, stats.new_nbytes, 8)
+
+
+class TestExpected:
+    """What of a state that was taken before is compared where it lies, and what happens where it differs."""
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Tensors of one chunk, of several, and small ones that are packed."""
+        large = {f"large{number}": torch.rand(3 * NUMEL) for number in range(4)}
+        return {**large, "one": torch.rand(NUMEL), "small": torch.rand(NUMEL // 8), "smaller": torch.rand(NUMEL // 16)}
+
+    def test_only_the_chunks_that_differ_are_new(self, root: Path) -> None:
+        """Of a tensor of three chunks one changes, of a pack of two members one: these two are put."""
+        state = self.state()
+        take(root / "a", state)
+        assert num_new(take(root / "b", state)) == 0
+        state["large1"][NUMEL + 5] += 1
+        state["small"] += 1
+        assert num_new(take(root / "c", state)) == 2
+        assert num_new(take(root / "d", state)) == 0
+        found = restored(root / "d")
+        assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+        assert refs(root / "d", "s/large1")[::2] == refs(root / "a", "s/large1")[::2]
+
+    @pytest.mark.parametrize("name", ["large2", "small"])
+    def test_blobs_that_are_gone_are_put_again(self, root: Path, name: str) -> None:
+        """What has not changed, but whose blob somebody has removed, is put again and restored."""
+        state = self.state()
+        take(root / "a", state)
+        take(root / "b", state)
+        lost = refs(root / "b", f"s/{name}")[-1].key
+        blobs(root)[lost].unlink()
+        assert num_new(take(root / "c", state)) >= 1
+        found = restored(root / "c")
+        assert all(torch.equal(found[each], tensor) for each, tensor in state.items())
+        assert lost not in keys(root / "c")
+
+    def test_nothing_of_the_application_is_kept(self, root: Path) -> None:
+        """A take that has ended keeps no tensor alive, whether it was found unchanged or not."""
+        state = self.state()
+        for step in range(3):
+            state = {name: tensor.clone() for name, tensor in state.items()}
+            if step == 2:
+                state["large3"] += 1
+            pending = Snapshot.async_take(str(root / f"{step}"), {"s": StateDict(**state)})
+            snapshot = pending.wait()
+        tensors = [weakref.ref(tensor) for tensor in state.values()]
+        del state
+        gc.collect()
+        assert num_new(snapshot) == 3
+        assert not any(tensor() is not None for tensor in tensors)
