@@ -26,8 +26,9 @@ from torchsnapshot.errors import (
     StoreError,
     StoreFullError,
 )
-from torchsnapshot.store import keys
+from torchsnapshot.store import durable_names, keys
 from torchsnapshot.store.local import LocalBackend
+from torchsnapshot.store.mounts import Coherence, Mount
 
 NBYTES = (2 << 20) + 777
 MS_RDONLY, MS_REMOUNT = 1, 32
@@ -145,6 +146,46 @@ class TestOrder:
             ("fsync", target),
             ("fsync", os.path.dirname(target)),
         ]
+
+    @pytest.mark.parametrize("is_clean", [True, False])
+    def test_many_files_are_made_durable_together(
+        self, backend: LocalBackend, calls: list[Call], is_clean: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """On ext4 one call does for all of them, unless others have left much to write: then each has its own again."""
+        synced: list[str] = []
+
+        def sync_filesystem(path: str) -> bool:
+            synced.append(path)
+            return is_clean
+
+        monkeypatch.setattr(durable_names, "sync_filesystem", sync_filesystem)
+        monkeypatch.setattr(backend, "_mount", Mount(Coherence.LOCAL, "ext4"))
+        keys = [blob()[1] for _ in range(20)]
+        for key in keys:
+            backend.put_later(key, page_aligned(NBYTES), aligned=True)
+        calls.clear()
+        backend.sync(keys)
+        assert synced == [backend.root]
+        fsyncs = [call[1] for call in calls if call[0] == "fsync"]
+        assert len(fsyncs) == 0 if is_clean else len(fsyncs) > 20
+        # what is durable now is not made durable again
+        key = f"{keys[0][:-1]}9"
+        calls.clear()
+        backend.put(key, b"")
+        assert len([call for call in calls if call[0] == "fsync"]) == 2
+
+    def test_elsewhere_each_file_is_made_durable(
+        self, backend: LocalBackend, calls: list[Call], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A filesystem of which it is not known what that one call reports is not asked to."""
+        monkeypatch.setattr(durable_names, "sync_filesystem", lambda path: pytest.fail("it was"))
+        monkeypatch.setattr(backend, "_mount", Mount(Coherence.LOCAL, "xfs"))
+        keys = [blob()[1] for _ in range(20)]
+        for key in keys:
+            backend.put_later(key, page_aligned(NBYTES), aligned=True)
+        calls.clear()
+        backend.sync(keys)
+        assert {os.path.join(backend.root, key) for key in keys} <= {call[1] for call in calls if call[0] == "fsync"}
 
     def test_sync_of_what_is_gone_is_an_error(self, backend: LocalBackend) -> None:
         """A blob that somebody has removed before it was durable is no blob."""

@@ -14,6 +14,10 @@ from collections.abc import Callable, Sequence
 
 from torchsnapshot.store.parallel import parallel
 from torchsnapshot.store.posix import fsync, fsync_folder
+from torchsnapshot.store.whole_filesystem import sync_filesystem
+
+_MANY_FILES = 8
+"""For fewer files it isn't worth asking what else the filesystem has to write."""
 
 _NUM_THREADS = 8
 """Fsyncs at once: the kernel answers those that wait together with one commit of its journal."""
@@ -60,18 +64,33 @@ class DurableNames:
             self._settle_one(path)
         self._settled[folder] = self._identity(folder)
 
-    def settle_files(self, paths: Sequence[str]) -> None:
+    def settle_files(self, paths: Sequence[str], *, together: bool = False) -> None:
         """Make files durable that have their names already, and these names: all files first, then each folder once.
 
         Args:
             paths: below the store's folder.
+            together: one call for the whole filesystem is as good as one for each of them.
         """
-        _for_each(_fsync_file, paths)
         folders = sorted({os.path.dirname(path) for path in paths})
+        if together and len(paths) >= _MANY_FILES and self._settle_together(folders):
+            for path in paths:
+                # a file that is gone was not made durable
+                os.stat(path)
+            return
+        _for_each(_fsync_file, paths)
         # the first one settles what is above all of them
         for folder in folders[:1]:
             self.settle(folder, self.unsettled(folder))
         _for_each(lambda folder: self.settle(folder, self.unsettled(folder)), folders[1:])
+
+    def _settle_together(self, folders: Sequence[str]) -> bool:
+        # what is seen before the call is durable after it, whoever made it: names up to ROOT's own, which, if it is on
+        # another filesystem, was not made by us
+        settled = {path: self._identity(path) for folder in folders for path in (folder, *self.unsettled(folder))}
+        if not sync_filesystem(self._root):
+            return False
+        self._settled |= settled
+        return True
 
     def _settle_one(self, path: str) -> None:
         parent = os.path.dirname(path)

@@ -37,6 +37,7 @@ from torchsnapshot.store.keys import (
 from torchsnapshot.store.local_errors import translate
 from torchsnapshot.store.mounts import Coherence, Mount, device_of, find_mount
 from torchsnapshot.store.posix import FileReader, FileWriter, fsync, fsync_folder, link, make_folder, unlink_quietly
+from torchsnapshot.store.whole_filesystem import FILESYSTEMS
 
 _PUT_ATTEMPTS = 5
 
@@ -86,7 +87,7 @@ class LocalBackend(Backend):
         if not self.durable:
             return
         try:
-            self._names.settle_files([self._path(key) for key in keys])
+            self._names.settle_files([self._path(key) for key in keys], together=self.mount.type in FILESYSTEMS)
         except OSError as error:
             raise translate(error, self.url, "sync", "", writing=True) from error
 
