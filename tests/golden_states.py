@@ -197,6 +197,16 @@ def training(step: int) -> dict[str, Any]:
     }
 
 
+def moments() -> dict[str, Any]:
+    """An optimizer's second moments: about a factor of the row times one of the column."""
+    numel = 128 * 64
+    values = torch.frombuffer(noise("moments", 2 * numel), dtype=torch.int16).to(torch.float32).square().view(128, 64)
+    rows = torch.tensor([2.0 ** (7 * row % 17) for row in range(128)]).view(128, 1)
+    columns = torch.tensor([2.0 ** (5 * column % 13 - 60) for column in range(64)])
+    fp32 = values * rows * columns
+    return {"optimizer": {"fp32": fp32, "bf16": fp32.to(torch.bfloat16)}}
+
+
 def quantized() -> dict[str, Any]:
     """Quantized tensors, which torch is about to drop."""
     values = torch.arange(-300, 300, dtype=torch.float32) / 7

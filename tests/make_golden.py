@@ -84,6 +84,7 @@ def make(root: Path) -> None:
         # another generation of one that was there
         take(f"{root}/training/step_3", golden_states.training(4), encoding="smallest")
         take(f"{root}/quantized", golden_states.quantized())
+        take(f"{root}/moments", golden_states.moments(), encoding="smallest")
     succeed(launch(golden_states.NUM_RANKS, take_on_every_rank, args=[str(root)]))
     with_table_blobs(root, "ranks", "tables")
     leave_records(root)

@@ -179,6 +179,13 @@ def decode_chunk(data: bytes, base: bytes | None) -> bytes:
     count = size // width
     elements = [0] * count
     place = 24 + 8 * num_lanes
+    row_length = rotation = 0
+    levels: list[int] = []
+    if flags & 8:
+        row_length, rotation = struct.unpack_from("<IB", data, place)
+        num_levels = row_length + count // row_length
+        levels = numbers(data[place + 8 : place + 8 + 2 * num_levels], "H")
+        place += -(-(8 + 2 * num_levels) // 8) * 8
     for lane in range(num_lanes):
         first, nbytes, method, _, stored = struct.unpack_from("<BBBBI", data, 24 + 8 * lane)
         content = data[place : place + stored]
@@ -202,6 +209,14 @@ def decode_chunk(data: bytes, base: bytes | None) -> bytes:
             ((element >> 1 ^ all_ones * (element & 1)) + other) & all_ones
             for element, other in zip(elements, others, strict=True)
         ]
+    if flags & 8:
+        bits = 8 * width
+        turned = [element >> rotation | element << (bits - rotation) for element in elements]
+        elements = [
+            element + (levels[index % row_length] + levels[row_length + index // row_length] << (bits - 16))
+            for index, element in enumerate(turned)
+        ]
+        elements = [element % (1 << bits) for element in elements]
     return b"".join(element.to_bytes(width, "little") for element in elements)
 
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from torchsnapshot.chunks import coder
 from torchsnapshot.chunks.codecs import Effort, encode_bytes
+from torchsnapshot.chunks.encoded import read_header
 from torchsnapshot.chunks.writer import ChunkReader, ChunkWriter, Encoding, Member, digest_of
 from torchsnapshot.engine.buffers import BufferPool, is_page_memory
 from torchsnapshot.errors import (
@@ -257,6 +258,28 @@ class TestPutChunk:
             raw = memoryview(bytearray(number.to_bytes(8, "little") * 500))
             assert chunk_writer.put_chunk(raw, digest_of(raw), 8 if number else 4).form is Form.ENCODED
         assert checked == [0, 1, 65]
+
+    def test_levelled_chunks_are_a_kind_of_their_own(
+        self, store: FakeStore, pool: BufferPool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The first chunk with levels is checked, though one of the same width without them came back before."""
+        checked: list[int] = []
+        real_decode = coder.decode_into
+
+        def decode(stored: memoryview, out: memoryview, base: memoryview | None) -> None:
+            checked.append(read_header(stored).row_length)
+            real_decode(stored, out, base)
+
+        monkeypatch.setattr(coder, "decode_into", decode)
+        chunk_writer = writer(store, pool)
+        refs = []
+        for seed in range(4):
+            raw = floats(seed=seed)
+            torch.frombuffer(raw, dtype=torch.float32).view(100, 200).mul_(torch.linspace(-10, 10, 200).exp())
+            refs.append(chunk_writer.put_chunk(raw, digest_of(raw), 4, row_length=200 if seed % 2 else 0))
+            assert read(store, refs[-1]) == raw
+        assert checked == [0, 200]
+        assert refs[1].stored_nbytes < refs[0].stored_nbytes
 
 
 class TestAuto:

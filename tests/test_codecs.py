@@ -12,8 +12,9 @@ import torch
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from read_format import decode_chunk
 
-from torchsnapshot.chunks import encoded
+from torchsnapshot.chunks import encoded, planes
 from torchsnapshot.chunks.codecs import (
     WORTHWHILE,
     Effort,
@@ -24,7 +25,7 @@ from torchsnapshot.chunks.codecs import (
     encode,
     encode_bytes,
 )
-from torchsnapshot.chunks.encoded import METHOD_RAW, METHOD_ZSTD, Lane
+from torchsnapshot.chunks.encoded import FLAG_LEVELLED, METHOD_RAW, METHOD_ZSTD, Lane
 from torchsnapshot.engine.buffers import map_pages
 from torchsnapshot.errors import CorruptionError, FormatError, NewerFormatError
 
@@ -52,6 +53,24 @@ def encode_with(raw: memoryview, scheme: Scheme, base: memoryview | None = None)
         size = encode(raw, scheme, out, scratch, base)
     assert size is not None
     return bytes(out[:size])
+
+
+def levels_of(num_rows: int, row_length: int, rotation: int, seed: int = 0) -> planes.Levels:
+    """Levels that have nothing to do with what they are subtracted from."""
+    numbers = memoryview(bytearray(random.Random(seed).randbytes(2 * (row_length + num_rows))))
+    return planes.Levels(row_length, rotation, numbers)
+
+
+def moments(
+    num_rows: int, row_length: int, dtype: torch.dtype = torch.float32, *, signed: bool = False
+) -> torch.Tensor:
+    """Numbers whose size is the product of a factor for their row, one for their column, and noise."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(num_rows, 1, generator=generator).mul(2).exp()
+    columns = torch.randn(row_length, generator=generator).mul(2).exp()
+    noise = torch.randn(num_rows, row_length, generator=generator)
+    found = 1e-3 * rows * columns * (noise if signed else noise.square())
+    return found.to(dtype)
 
 
 def content(kind: str, nbytes: int, seed: int) -> bytes:
@@ -124,6 +143,62 @@ class TestRoundTrip:
         stored = encode_with(raw, scheme, base)
         assert decoded(stored, nbytes, base) == raw
 
+    @given(
+        kind=kinds,
+        num_rows=st.one_of(st.integers(1, 40), st.sampled_from([TILE - 1, TILE + 1])),
+        row_length=st.one_of(st.integers(1, 600), st.sampled_from([TILE // 2 + 1, TILE, TILE + 1, 2 * TILE + 7])),
+        width=st.sampled_from([2, 4, 8]),
+        rotation=st.integers(0, encoded.MAX_ROTATION),
+        choice=st.integers(0, 4),
+    )
+    @settings(max_examples=80, deadline=None)
+    def test_levels_come_back(
+        self, kind: str, num_rows: int, row_length: int, width: int, rotation: int, choice: int
+    ) -> None:
+        """Any levels of rows of any length, longer than a tile too, and any rotation."""
+        num_rows = min(num_rows, 200_000 // row_length + 1)
+        raw = memory_of(content(kind, num_rows * row_length * width, seed=1))
+        lanes = all_lane_sets(width)
+        levels = levels_of(num_rows, row_length, rotation)
+        scheme = Scheme(width, False, lanes[choice % len(lanes)], 1.0, levels=levels)
+        stored = encode_with(raw, scheme)
+        header = encoded.read_header(memoryview(stored))
+        assert (header.flags, header.row_length, header.rotation) == (FLAG_LEVELLED, row_length, rotation)
+        assert stored[header.levels] == levels.numbers
+        assert decoded(stored, raw.nbytes) == raw
+
+    @given(
+        kind=kinds,
+        num_rows=st.integers(1, 300),
+        row_length=st.integers(0, 300),
+        width=st.sampled_from([1, 2, 4, 8]),
+        hint=st.one_of(st.none(), st.integers(0, 1 << 33)),
+    )
+    @settings(max_examples=60, deadline=None)
+    def test_any_row_length_is_taken_as_a_hint(
+        self, kind: str, num_rows: int, row_length: int, width: int, hint: int | None
+    ) -> None:
+        """A row length that fits or that does not: the bytes come back."""
+        raw = memory_of(content(kind, num_rows * max(row_length, 1) * width, seed=2))
+        row_length = row_length if hint is None else hint
+        stored = encode_bytes(raw, width, Effort.SMALLEST, row_length=row_length)
+        if stored is not None:
+            assert decoded(stored, raw.nbytes) == raw
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int32])
+    @pytest.mark.parametrize("shape", [(1000, 64), (50, 3001), (7, TILE), (TILE, 32), (2, TILE + 1), (TILE + 1, 32)])
+    def test_numbers_of_any_size_are_levelled(self, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+        """Zeros, infinities, NaNs and numbers of any size in between them come back, whatever the shape."""
+        tensor = moments(*shape, signed=True)
+        tensor[1, ::7] = 0
+        tensor[:, 3] *= 1e30
+        tensor[:, 4] = float("inf")
+        tensor[0] = float("nan")
+        raw = memory_of(tensor.nan_to_num().mul(1e6).to(dtype) if dtype is torch.int32 else tensor.to(dtype))
+        stored = encode_bytes(raw, dtype.itemsize, Effort.SMALLEST, row_length=shape[1])
+        assert stored is not None
+        assert decoded(stored, raw.nbytes) == raw
+
     @pytest.mark.parametrize("shift", [0, 1, 2, 4])
     def test_memory_may_lie_anywhere_and_be_read_only(self, shift: int) -> None:
         """Unaligned and read-only inputs, and unaligned outputs, give the same bytes as aligned ones."""
@@ -137,6 +212,20 @@ class TestRoundTrip:
         assert out == data
         decode_into(memory_of(bytes(shift) + stored)[shift:], out)
         assert out == data
+
+    @pytest.mark.parametrize("shift", [0, 1, 2, 4])
+    def test_levels_may_lie_anywhere_and_be_read_only(self, shift: int) -> None:
+        """The same for levels, which are read where they lie."""
+        data = bytes(memory_of(moments(150, 100)))
+        stored = encode_bytes(memory_of(bytes(shift) + data)[shift:], 4, Effort.SMALLEST, row_length=100)
+        assert stored is not None
+        assert stored == encode_bytes(memoryview(data), 4, Effort.SMALLEST, row_length=100)
+        assert encoded.read_header(memoryview(stored)).row_length == 100
+        out = memoryview(bytearray(shift + len(data)))[shift:]
+        for memory in (memoryview(bytes(shift) + stored), memory_of(bytes(shift) + stored)):
+            out[:] = bytes(len(data))
+            decode_into(memory[shift:], out)
+            assert out == data
 
     @pytest.mark.parametrize("width", [1, 2, 4, 8])
     def test_difference_goes_round_at_the_ends(self, width: int) -> None:
@@ -197,6 +286,17 @@ class TestRoundTrip:
                 assert encode(raw, scheme, room[:nbytes], scratch) is None
                 assert bytes(room[nbytes:]) == b"\xaa" * (room.nbytes - nbytes)
 
+    def test_too_small_room_for_levels_gives_none(self) -> None:
+        """The same where already the levels do not fit in."""
+        raw = memory_of(moments(250, 100))
+        room = memoryview(bytearray(b"\xaa" * 100_100))
+        with borrow_scratch() as scratch:
+            scheme = choose(raw, 4, Effort.SMALLEST, scratch, row_length=100)
+            assert scheme.levels is not None
+            for nbytes in (0, 50, 60, 700, 50_000, 70_000):
+                assert encode(raw, scheme, room[:nbytes], scratch) is None
+                assert bytes(room[nbytes:]) == b"\xaa" * (room.nbytes - nbytes)
+
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
     @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
     def test_child_makes_its_own_scratch(self) -> None:
@@ -233,6 +333,38 @@ class TestRatios:
         weights = self.weights()
         assert self.fraction(weights, 4) < 0.85
         assert self.fraction(weights.square() * 1e-3, 4) < 0.88
+
+    @pytest.mark.parametrize(
+        ("dtype", "signed", "share"),
+        [
+            (torch.float32, False, 0.98),
+            (torch.float32, True, 0.98),
+            (torch.bfloat16, False, 0.94),
+            (torch.bfloat16, True, 0.95),
+            (torch.float64, False, 0.98),
+        ],
+    )
+    def test_levels_of_rows_and_columns(self, dtype: torch.dtype, signed: bool, share: float) -> None:
+        """About a product of two factors is smaller where the row length is known; "auto" does not look at it."""
+        raw = memory_of(moments(700, 400, dtype, signed=signed))
+        width = dtype.itemsize
+        alone = encode_bytes(raw, width, Effort.SMALLEST)
+        stored = encode_bytes(raw, width, Effort.SMALLEST, row_length=400)
+        assert alone is not None
+        assert stored is not None
+        assert encoded.read_header(memoryview(stored)).flags == FLAG_LEVELLED
+        assert len(stored) < share * len(alone)
+        assert encode_bytes(raw, width, row_length=400) == encode_bytes(raw, width)
+
+    def test_weights_are_not_levelled(self) -> None:
+        """Where rows and columns are all alike, levels would only cost their own bytes."""
+        raw = memory_of(self.weights())
+        assert encode_bytes(raw, 4, Effort.SMALLEST, row_length=512) == encode_bytes(raw, 4, Effort.SMALLEST)
+
+    def test_deltas_are_not_levelled(self) -> None:
+        """Against a base, the row length says nothing."""
+        raw, base = memory_of(moments(700, 400)), memory_of(moments(700, 400) * 1.001)
+        assert encode_bytes(raw, 4, Effort.SMALLEST, base, 400) == encode_bytes(raw, 4, Effort.SMALLEST, base)
 
     @pytest.mark.parametrize("effort", Effort)
     @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.float64])
@@ -288,7 +420,31 @@ def a_chunk() -> bytes:
     return stored
 
 
+def a_levelled_chunk() -> bytes:
+    """A small one of fp32: two lanes coded, 101 levels of columns and 99 of rows, four bytes of padding."""
+    stored = encode_bytes(memory_of(moments(99, 101)), 4, Effort.SMALLEST, row_length=101)
+    assert stored is not None
+    header = encoded.read_header(memoryview(stored))
+    assert (header.flags, header.row_length, len(header.lanes)) == (FLAG_LEVELLED, 101, 3)
+    assert 0 < header.nbytes - header.levels.stop < 8 or header.nbytes == header.levels.stop
+    return stored
+
+
 class TestHostile:
+    @given(
+        place=st.integers(0, 30_000), value=st.integers(0, 255), cut=st.integers(0, 60_000), add=st.binary(max_size=9)
+    )
+    @settings(max_examples=150, deadline=None)
+    def test_damage_to_levels_never_escapes(self, place: int, value: int, cut: int, add: bytes) -> None:
+        """The same for a chunk with levels, half of the time in its header."""
+        stored = bytearray(a_levelled_chunk())
+        stored[place // 2 % len(stored) if place % 2 else place // 2 % 60] = value
+        stored = stored[: len(stored) - cut] if cut % 3 == 0 else stored + add
+        try:
+            assert len(decoded(bytes(stored), 4 * 99 * 101)) == 4 * 99 * 101
+        except (FormatError, CorruptionError):
+            pass
+
     @given(
         place=st.integers(0, 10_000), value=st.integers(0, 255), cut=st.integers(0, 30_000), add=st.binary(max_size=9)
     )
@@ -317,11 +473,15 @@ class TestHostile:
             (4, 2, NewerFormatError),  # version
             (5, 2, NewerFormatError),  # codec
             (6, 3, FormatError),  # width
-            (7, 8, NewerFormatError),  # flags
+            (7, 16, NewerFormatError),  # flags
             (7, 2, FormatError),  # needs a base
             (7, 4, FormatError),
             (7, 5, FormatError),  # a difference is not rotated
             (7, 6, FormatError),  # ... nor XORed
+            (7, 9, FormatError),  # nor is what is levelled
+            (7, 10, FormatError),
+            (7, 12, FormatError),
+            (7, 8, FormatError),  # where levels should be are other bytes
             (8, 0x41, FormatError),  # raw size
             (15, 0x41, FormatError),  # ... beyond all bounds
             (16, 0, FormatError),  # lanes
@@ -341,6 +501,51 @@ class TestHostile:
         with pytest.raises(error) as caught:
             decoded(bytes(stored), 40_000)
         assert type(caught.value) is error
+
+    @pytest.mark.parametrize(
+        ("offset", "value"),
+        [
+            (0, bytes(4)),  # row length
+            (0, b"\x66\0\0\0"),  # no whole rows
+            (0, b"\x0b\0\0\0"),  # whole rows, but another number of levels
+            (0, b"\xff\xff\xff\xff"),
+            (4, b"\x08"),  # rotation
+            (5, b"\1"),  # reserved
+            (7, b"\1"),
+        ],
+    )
+    def test_each_field_of_levels_is_checked(self, offset: int, value: bytes) -> None:
+        """Every field before the levels has its error."""
+        stored = bytearray(a_levelled_chunk())
+        start = encoded.header_nbytes(stored[16]) + offset
+        stored[start : start + len(value)] = value
+        with pytest.raises(FormatError):
+            decoded(bytes(stored), 4 * 99 * 101)
+
+    def test_what_follows_the_levels_is_zero(self) -> None:
+        """Padding is checked, and that the chunk reaches so far."""
+        scheme = Scheme(4, False, (Lane(0, 4, METHOD_RAW),), 1.0, levels=levels_of(3, 10, 0))
+        stored = bytearray(encode_with(memory_of(bytes(120)), scheme))
+        header = encoded.read_header(memoryview(stored))
+        assert (header.levels.stop, header.nbytes) == (66, 72)
+        for place in range(66, 72):
+            stored[place] = 1
+            with pytest.raises(FormatError, match="zeros"):
+                decoded(bytes(stored), 120)
+            stored[place] = 0
+        for end in (32, 39, 41, 71):
+            with pytest.raises(FormatError, match="ends within"):
+                decoded(bytes(stored[:end]), 120)
+
+    def test_bytes_have_no_levels(self) -> None:
+        """Levels of one-byte elements, or with a base, are refused."""
+        scheme = Scheme(2, False, (Lane(0, 2, METHOD_RAW),), 1.0, levels=levels_of(3, 10, 0))
+        stored = bytearray(encode_with(memory_of(bytes(60)), scheme))
+        with pytest.raises(FormatError, match="base"):
+            decoded(bytes(stored), 60, memory_of(bytes(60)))
+        stored[6] = 1
+        with pytest.raises(FormatError, match="not for bytes"):
+            decoded(bytes(stored), 60)
 
     def test_bomb_is_refused_before_it_unfolds(self) -> None:
         """A frame of more bytes than its lane, or of an unknown number, is refused by its header."""
@@ -397,15 +602,46 @@ def test_layout_is_what_the_docstring_says() -> None:
     assert struct.pack("<1000I", *result) == raw
 
 
-def test_torch_starts_no_threads_of_its_own() -> None:
+@pytest.mark.parametrize("width", [2, 4, 8])
+@pytest.mark.parametrize("rotation", [0, 1, 4, 7])
+def test_layout_of_levels_is_what_the_docstring_says(width: int, rotation: int) -> None:
+    """A reader that knows only the documented layout decodes what was written, as does the one of the page."""
+    raw = memory_of(content("floats", 40 * 25 * width, seed=6))
+    lanes = (Lane(width - 1, 1, METHOD_ZSTD), *(Lane(start, 1, METHOD_RAW) for start in range(width - 1)))
+    stored = encode_with(raw, Scheme(width, False, lanes, 1.0, levels=levels_of(25, 40, rotation, seed=8)))
+    assert stored[:8] == b"\x89tsc\x01\x01" + bytes([width, 8])
+    start = 24 + 8 * width
+    assert struct.unpack_from("<IB3x", stored, start) == (40, rotation)
+    levels = struct.unpack_from("<65H", stored, start + 8)
+    end = start + 8 + 130 + 6 - (start + 8 + 130 + 6) % 8
+    numbers = [0] * 1000
+    for index in range(width):
+        first, _, method, nbytes = struct.unpack_from("<BBBxI", stored, 24 + 8 * index)
+        data = stored[end : end + nbytes]
+        end += nbytes
+        data = zstandard.ZstdDecompressor().decompress(data) if method else data
+        for place in range(1000):
+            numbers[place] |= data[place] << (8 * first)
+    assert end == len(stored)
+    bits = 8 * width
+    for place, number in enumerate(numbers):
+        turned = (number >> rotation) | (number << (bits - rotation)) % (1 << bits)
+        level = levels[place % 40] + levels[40 + place // 40]
+        numbers[place] = (turned + (level << (bits - 16))) % (1 << bits)
+    assert b"".join(number.to_bytes(width, "little") for number in numbers) == raw
+    assert decode_chunk(stored, None) == raw
+
+
+@pytest.mark.parametrize("row_length", [0, 1024, 32])
+def test_torch_starts_no_threads_of_its_own(row_length: int) -> None:
     """Encoding and decoding a large chunk in a fresh thread leaves the number of threads as it was."""
     raw = map_pages(4 << 20)
-    torch.frombuffer(raw, dtype=torch.float32).normal_(0, 0.02)
+    torch.frombuffer(raw, dtype=torch.float32).copy_(moments(1024, 1024).flatten())
     grown: list[int] = []
 
     def work() -> None:
         before = len(os.listdir("/proc/self/task"))
-        stored = encode_bytes(raw, 4)
+        stored = encode_bytes(raw, 4, Effort.SMALLEST, row_length=row_length)
         assert stored is not None
         decoded(stored, raw.nbytes)
         grown.append(len(os.listdir("/proc/self/task")) - before)

@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 import read_format
 import torch
-from folders import blobs, manifest, new_process
+from folders import blobs, manifest, new_process, refs
 from make_golden import CHUNK_NBYTES, GOLDEN, MAX_NBYTES, describe, forms_in, take
 from memory_states import same
 
 from torchsnapshot import Snapshot, StateDict
+from torchsnapshot.chunks.encoded import read_header
 from torchsnapshot.cli import main
 from torchsnapshot.errors import PickleRefusedError
 from torchsnapshot.maintenance import collect
@@ -33,6 +34,9 @@ pytestmark = pytest.mark.filterwarnings(
 
 VERSIONS = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
 NAMES = ["kinds", "quantized", "ranks", "tables", "training/step_1", "training/step_2", "training/step_3"]
+"""The snapshots that every version has."""
+LEVELLED = [version for version in VERSIONS if (GOLDEN / version / "runs" / "moments").exists()]
+"""Versions that know chunks with levels."""
 
 
 @pytest.fixture(params=VERSIONS)
@@ -48,6 +52,11 @@ def root(golden: Path, tmp_path: Path) -> Iterator[Path]:
     new_process()
     yield tmp_path / "runs"
     assert verify_path(str(tmp_path / "runs"), "bytes").problems == []
+
+
+def names_in(golden: Path) -> list[str]:
+    """The snapshots that a version took."""
+    return sorted(json.loads((golden / "expected.json").read_text(encoding="utf-8"))["snapshots"])
 
 
 def restored(path: Path, keys: list[str], target: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -110,6 +119,28 @@ def test_training_is_exactly_what_was_taken(root: Path, name: str, step: int) ->
         assert same(read, value)
 
 
+@pytest.mark.parametrize("golden", [GOLDEN / version for version in LEVELLED], ids=LEVELLED)
+def test_moments_are_exactly_what_was_taken(golden: Path, root: Path) -> None:
+    """Chunks with levels, of two widths, are the numbers that they were; the other reader says so too."""
+    expected = golden_states.moments()
+    assert same(restored(root / "moments", list(expected)), expected)
+    stored = {key: path.read_bytes() for key, path in blobs(root).items()}
+    (path,) = (found for found in (root / "moments" / ".manifests").iterdir() if found.suffix != ".ok")
+    sections = read_format.read_sections(path.read_bytes())
+    tables, _ = read_format.read_envelope(sections[read_format.ENVELOPE], stored.__getitem__)
+    entries = read_format.read_entries(sections[read_format.ENTRIES])
+    for name, value in expected["optimizer"].items():
+        data = read_format.read_tensor(entries[f"0/optimizer/{name}"], tables, value.element_size(), stored.__getitem__)
+        assert data == value.view(torch.uint8).numpy().tobytes()
+        first = refs(root / "moments", f"optimizer/{name}")[0]
+        assert read_header(memoryview(stored[first.key])).row_length == 64
+
+
+def test_there_are_chunks_with_levels() -> None:
+    """At least one version wrote such chunks."""
+    assert LEVELLED
+
+
 def test_quantized_tensors(root: Path) -> None:
     """As long as torch has them."""
     expected = golden_states.quantized()
@@ -149,12 +180,12 @@ def test_listing_and_manifests_are_as_ever(golden: Path, root: Path, capsys: pyt
     """The snapshots, their sizes and the paths of their manifests are what the version that wrote them saw."""
     expected = json.loads((golden / "expected.json").read_text(encoding="utf-8"))
     assert describe(root) == expected["snapshots"]
-    assert sorted(expected["snapshots"]) == NAMES
+    assert set(names_in(golden)) >= set(NAMES)
     assert sorted(forms_in(root)) == expected["forms"]
     assert main(["ls", str(root), "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)["snapshots"]
     assert [found["name"] for found in listed] == [snapshot.name for snapshot in Snapshot.list(str(root))]
-    for name in NAMES:
+    for name in names_in(golden):
         assert main(["show", str(root / name), "--digests"]) == 0
     assert main(["du", str(root)]) == 0
     assert main(["diff", str(root / "training" / "step_1"), str(root / "training" / "step_2")]) == 0
@@ -168,18 +199,18 @@ def test_every_way_to_store_a_chunk_is_there(golden: Path) -> None:
 
 
 @pytest.mark.parametrize("depth", ["manifests", "blobs", "bytes"])
-def test_verify_is_clean(root: Path, depth: Any) -> None:
+def test_verify_is_clean(golden: Path, root: Path, depth: Any) -> None:
     """Nothing is wrong with them at any depth."""
-    assert verify_path(str(root), depth) == VerifyResult(NAMES, [])
+    assert verify_path(str(root), depth) == VerifyResult(names_in(golden), [])
 
 
-def test_gc_deletes_nothing_that_is_needed(root: Path) -> None:
+def test_gc_deletes_nothing_that_is_needed(golden: Path, root: Path) -> None:
     """Every blob is referenced, so a collection frees nothing, planned or done; after a removal it frees the rest."""
     before = set(blobs(root))
     assert len(before) == num_needed(root)
     for dry_run in (True, False):
         report = collect(str(root), dry_run=dry_run)
-        assert (report.freed_blobs, report.kept_blobs, report.snapshots) == (0, len(before), len(NAMES))
+        assert (report.freed_blobs, report.kept_blobs, report.snapshots) == (0, len(before), len(names_in(golden)))
     assert set(blobs(root)) == before
     shutil.rmtree(root / "kinds")
     collect(str(root))

@@ -7,6 +7,7 @@ import os
 import threading
 import weakref
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from folders import blobs, entry, files, generations, keys, manifest, mislabelled, new_process, refs, run_python
 
 from torchsnapshot import Snapshot, StateDict, knobs
+from torchsnapshot.chunks.encoded import read_header
 from torchsnapshot.errors import SnapshotError, UnsupportedValueError
 from torchsnapshot.format.entries import TensorEntry, ValueEntry
 from torchsnapshot.store.clock import SYSTEM_CLOCK
@@ -472,6 +474,21 @@ def test_every_encoding_restores_bit_for_bit(root: Path, encoding: str) -> None:
     assert stats is not None
     assert (stats.stored_nbytes < stats.new_nbytes) == (encoding != "raw")
     assert mislabelled(root) == []
+
+
+@pytest.mark.parametrize(
+    ("sizes", "row_length"), [((256, 128), 128), ((256, 1, 128), 128), ((5, 16, 256), 256), ((256, 8, 4, 4), 128)]
+)
+def test_smallest_knows_the_rows_of_tensors(root: Path, sizes: tuple[int, ...], row_length: int) -> None:
+    """Numbers that are about a factor of their row times one of their column are stored with levels."""
+    grid = torch.randn(prod(sizes) // row_length, row_length).square()
+    grid *= torch.randn(len(grid), 1).mul(2).exp() * torch.randn(row_length).mul(2).exp()
+    state = {"moment": grid.view(sizes)}
+    take(root / "step_1", state, encoding="smallest")
+    assert torch.equal(restored(root / "step_1")["moment"], state["moment"])
+    first = refs(root / "step_1", "s/moment")[0]
+    assert first.form is Form.ENCODED
+    assert read_header(memoryview(blobs(root)[first.key].read_bytes())).row_length == row_length
 
 
 # ------------------------------------------------------------------ arguments

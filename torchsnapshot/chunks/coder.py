@@ -3,9 +3,9 @@
 What lives here: sampling, asking the meter, coding into a buffer, and the check that it comes back. What doesn't: the
 bytes of codes (``codecs``), which base there is (``bases``), keys, puts and packs (``writer``).
 
-Invariant: the first coded chunk of each kind (element width; against a base or not) and one in 64 after it is decoded
-and compared before it is handed out, and so is every other one until the first has come back. One that does not come
-back right is a bug of ours: it is reported and the take goes on without coding.
+Invariant: the first coded chunk of each kind (element width; against a base or not; levelled or not) and one in 64
+after it is decoded and compared before it is handed out, and so is every other one until the first has come back. One
+that does not come back right is a bug of ours: it is reported and the take goes on without coding.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from torchsnapshot.chunks.codecs import WORTHWHILE, Effort, Scheme, borrow_scratch, choose, decode_into, encode, peek
-from torchsnapshot.chunks.encoded import WIDTHS, read_header
+from torchsnapshot.chunks.encoded import WIDTHS
 from torchsnapshot.chunks.reader import digest_of
 from torchsnapshot.engine.buffers import BufferPool
 from torchsnapshot.engine.meter import EncodingMeter
@@ -41,6 +41,10 @@ _MIN_ENCODED_NBYTES = {"auto": 32 << 10, "smallest": 1 << 10}
 _ALWAYS_WORTHWHILE = 0.25
 # a chunk of which a few kilobytes take more than this is not one of those
 _NOT_WORTH_A_LOOK = 0.6
+
+
+_Kind = tuple[int, bool, bool]
+"""Element width, whether against a base, whether levelled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +86,8 @@ class ChunkCoder:
         self._meter = meter
         self._clock = clock
         self._lock = threading.Lock()
-        self._num_coded: dict[tuple[int, bool], int] = {}
-        self._proved: set[tuple[int, bool]] = set()
+        self._num_coded: dict[_Kind, int] = {}
+        self._proved: set[_Kind] = set()
         self._is_broken = False
 
     def may_code(self, nbytes: int) -> bool:
@@ -91,7 +95,13 @@ class ChunkCoder:
         return self._encoding != "raw" and not self._is_broken and nbytes >= _MIN_ENCODED_NBYTES[self._encoding]
 
     def code(
-        self, raw: memoryview, digest: bytes, width: int, out: memoryview, against: Against | None = None
+        self,
+        raw: memoryview,
+        digest: bytes,
+        width: int,
+        out: memoryview,
+        against: Against | None = None,
+        row_length: int = 0,
     ) -> Coded:
         """Code a chunk in the way that is best for it.
 
@@ -101,6 +111,7 @@ class ChunkCoder:
             width: element size in bytes.
             out: room for ``WORTHWHILE`` of its size; what doesn't fit in is to be stored raw.
             against: the base, if there is one.
+            row_length: see ``choose``.
         """
         width = codec_width(width, raw.nbytes)
         gain: float | None = None
@@ -108,7 +119,7 @@ class ChunkCoder:
             is_wanted = self._encoding == "smallest" or self._meter.wants_encoding(width)
             if not is_wanted and against is None and peek(raw, scratch) > _NOT_WORTH_A_LOOK:
                 return Coded(0, Form.RAW, 1)
-            scheme = choose(raw, width, self._effort, scratch)
+            scheme = choose(raw, width, self._effort, scratch, row_length=row_length)
             base: memoryview | None = None
             if against is not None:
                 delta = choose(raw, width, self._effort, scratch, against.raw)
@@ -125,7 +136,8 @@ class ChunkCoder:
         self._meter.record_encode(width, raw.nbytes, raw.nbytes if nbytes is None else nbytes, seconds, delta=is_delta)
         if nbytes is None:
             return Coded(0, Form.RAW, 1, gain)
-        if self._is_due_for_check(width, is_delta) and not self._comes_back(out[:nbytes], raw.nbytes, digest, base):
+        kind = (width, is_delta, scheme.levels is not None)
+        if self._is_due_for_check(kind) and not self._comes_back(kind, out[:nbytes], raw.nbytes, digest, base):
             self._report(raw.nbytes, width)
             return Coded(0, Form.RAW, 1, gain)
         return Coded(nbytes, Form.DELTA if is_delta else Form.ENCODED, width, gain)
@@ -137,13 +149,13 @@ class ChunkCoder:
             return True
         return self._meter.wants_delta(delta.width, min(alone.fraction, 1.0), delta.fraction)
 
-    def _is_due_for_check(self, width: int, is_delta: bool) -> bool:
+    def _is_due_for_check(self, kind: _Kind) -> bool:
         with self._lock:
-            count = self._num_coded.get((width, is_delta), 0)
-            self._num_coded[width, is_delta] = count + 1
-            return count % CHECK_EVERY == 0 or (width, is_delta) not in self._proved
+            count = self._num_coded.get(kind, 0)
+            self._num_coded[kind] = count + 1
+            return count % CHECK_EVERY == 0 or kind not in self._proved
 
-    def _comes_back(self, stored: memoryview, nbytes: int, digest: bytes, base: memoryview | None) -> bool:
+    def _comes_back(self, kind: _Kind, stored: memoryview, nbytes: int, digest: bytes, base: memoryview | None) -> bool:
         buffer = self._pool.acquire(nbytes)
         try:
             raw = buffer.memory(nbytes)
@@ -151,7 +163,7 @@ class ChunkCoder:
             if digest_of(raw) != digest:
                 return False
             with self._lock:
-                self._proved.add((read_header(stored).width, base is not None))
+                self._proved.add(kind)
             return True
         except (FormatError, CorruptionError):
             return False

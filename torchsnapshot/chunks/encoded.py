@@ -9,7 +9,8 @@ An encoded chunk, integers little-endian::
     4       1     version of this layout: 1
     5       1     codec: 1 (planes)
     6       1     width in bytes of an element: 1, 2, 4 or 8; the raw size is a multiple of it
-    7       1     flags: 1 = rotated, 2 = XOR with a base, 4 = difference to a base (alone), other bits 0
+    7       1     flags: 1 = rotated, 2 = XOR with a base, 4 = difference to a base (alone), 8 = levelled (alone),
+                  other bits 0
     8       8     raw size in bytes
     16      1     number of lanes, 1 to width
     17      7     zero
@@ -19,6 +20,13 @@ An encoded chunk, integers little-endian::
                   +2  1  method: 0 = stored as it is, 1 = one zstd frame that states its content's size
                   +3  1  zero
                   +4  4  stored size in bytes
+    then, if levelled
+                  +0  4  row length in elements; their number is a multiple of it
+                  +4  1  rotation in bits, 0 to 7
+                  +5  3  zero
+                  +8  2 × row length: the levels of columns, one for each place in a row
+                      2 × number of rows: the levels of rows
+                      zeros to a multiple of 8 bytes
     then the lanes' stored bytes, one after the other in the order of their records; nothing follows
 
 The lanes cover each byte of the element exactly once. A lane is the array of its bytes of every element. To decode,
@@ -26,7 +34,9 @@ put every element together from its lanes as an unsigned little-endian integer; 
 bit (the encoder rotated left: the sign went to the bottom, all of an IEEE exponent's bits came together at the top);
 if "XOR", XOR it with the element of the base, which has the same raw size. If "difference", it is the zigzag form of
 the difference *d* to the base's element, as integers modulo 2^bits (2 *d*, or −2 *d* − 1 where *d* is negative): shift
-it right by one bit, invert all bits if the bit that fell out was 1, and add the element of the base.
+it right by one bit, invert all bits if the bit that fell out was 1, and add the element of the base. If "levelled",
+rotate it right by the rotation and add the levels of its column and its row, as integers modulo 2^bits; what is stored
+of a level are its top 16 bits, the others are 0.
 """
 
 from __future__ import annotations
@@ -44,18 +54,19 @@ CODEC_PLANES: Final = 1
 FLAG_ROTATED: Final = 1
 FLAG_XOR: Final = 2
 FLAG_DIFFERENCE: Final = 4
+FLAG_LEVELLED: Final = 8
 METHOD_RAW: Final = 0
 METHOD_ZSTD: Final = 1
 
 WIDTHS: Final = (1, 2, 4, 8)
 """Sizes that an element, and a lane's part of it, may have."""
 MAX_RAW_NBYTES: Final = 1 << 30
-
-MAX_OVERHEAD_NBYTES: Final = 88
-"""Header of an encoded chunk at most, in bytes."""
+MAX_ROTATION: Final = 7
 
 _HEADER = struct.Struct("<4sBBBBQB7x")
 _LANE = struct.Struct("<BBBxI")
+_LEVELS = struct.Struct("<IB3x")
+_KNOWN_FLAGS = FLAG_ROTATED | FLAG_XOR | FLAG_DIFFERENCE | FLAG_LEVELLED
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,23 +81,55 @@ class Lane:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What stands before an encoded chunk's lanes. ``stored`` holds the lanes' stored sizes."""
+    """What stands before an encoded chunk's lanes.
+
+    ``stored`` holds the lanes' stored sizes, ``rotation`` is in bits, ``row_length`` is 0 where nothing is levelled.
+    """
 
     width: int
     flags: int
     raw_nbytes: int
     lanes: tuple[Lane, ...]
     stored: tuple[int, ...]
+    rotation: int = 0
+    row_length: int = 0
 
     @property
     def nbytes(self) -> int:
-        """Size of the header itself."""
-        return header_nbytes(len(self.lanes))
+        """Size of the header itself, levels included."""
+        return header_nbytes(len(self.lanes)) + levels_nbytes(self.raw_nbytes // self.width, self.row_length)
+
+    @property
+    def levels(self) -> slice:
+        """Where the numbers of the levels are."""
+        start = header_nbytes(len(self.lanes)) + _LEVELS.size
+        return slice(start, start + 2 * num_levels(self.raw_nbytes // self.width, self.row_length))
 
 
 def header_nbytes(num_lanes: int) -> int:
     """Size of the header of a chunk with so many lanes, in bytes."""
     return _HEADER.size + _LANE.size * num_lanes
+
+
+def num_levels(num_elements: int, row_length: int) -> int:
+    """How many levels there are, of columns and of rows together."""
+    return row_length + num_elements // row_length if row_length else 0
+
+
+def levels_nbytes(num_elements: int, row_length: int) -> int:
+    """Size of what stands between the lanes' records and their bytes."""
+    return -(-(_LEVELS.size + 2 * num_levels(num_elements, row_length)) // 8) * 8 if row_length else 0
+
+
+def pack_levels(out: memoryview, num_lanes: int, row_length: int, rotation: int, numbers: memoryview) -> None:
+    """Write the levels behind the records of the lanes."""
+    start = header_nbytes(num_lanes)
+    _LEVELS.pack_into(out, start, row_length, rotation)
+    start += _LEVELS.size
+    end = start + numbers.nbytes
+    out[start:end] = numbers
+    padding = -end % 8
+    out[end : end + padding] = bytes(padding)
 
 
 def pack_header(
@@ -108,7 +151,7 @@ def read_header(stored: memoryview) -> Header:
     if stored.nbytes < _HEADER.size or bytes(stored[:4]) != MAGIC:
         raise FormatError("not an encoded chunk: it does not begin with the magic bytes")
     _, version, codec, width, flags, raw_nbytes, num_lanes = _HEADER.unpack_from(stored)
-    if version != VERSION or codec != CODEC_PLANES or flags & ~(FLAG_ROTATED | FLAG_XOR | FLAG_DIFFERENCE):
+    if version != VERSION or codec != CODEC_PLANES or flags & ~_KNOWN_FLAGS:
         raise NewerFormatError(
             f"an encoded chunk of version {version}, codec {codec}, flags {flags:#x}: a newer torchsnapshot wrote it"
         )
@@ -118,9 +161,15 @@ def read_header(stored: memoryview) -> Header:
         raise FormatError(f"an encoded chunk says raw size {raw_nbytes}, width {width}, flags {flags}")
     if flags & FLAG_DIFFERENCE and flags != FLAG_DIFFERENCE:
         raise FormatError(f"an encoded chunk says flags {flags}: a difference is neither rotated nor XORed")
+    if flags & FLAG_LEVELLED and (flags != FLAG_LEVELLED or width == 1):
+        raise FormatError(f"an encoded chunk says flags {flags}, width {width}: levels stand alone, and not for bytes")
     end = header_nbytes(num_lanes)
     if stored.nbytes < end:
         raise FormatError("an encoded chunk ends within its header")
+    rotation, row_length = flags & FLAG_ROTATED, 0
+    if flags & FLAG_LEVELLED:
+        row_length, rotation = _read_levels(stored, end, raw_nbytes // width)
+        end += levels_nbytes(raw_nbytes // width, row_length)
     lanes: list[Lane] = []
     sizes: list[int] = []
     covered: set[int] = set()
@@ -140,4 +189,18 @@ def read_header(stored: memoryview) -> Header:
         end += nbytes
     if len(covered) != width or end != stored.nbytes:
         raise FormatError(f"an encoded chunk of {stored.nbytes} bytes whose lanes end at {end}")
-    return Header(width, flags, raw_nbytes, tuple(lanes), tuple(sizes))
+    return Header(width, flags, raw_nbytes, tuple(lanes), tuple(sizes), rotation, row_length)
+
+
+def _read_levels(stored: memoryview, start: int, num_elements: int) -> tuple[int, int]:
+    """Row length and rotation; that the numbers are there is checked too."""
+    if stored.nbytes < start + _LEVELS.size:
+        raise FormatError("an encoded chunk ends within its header")
+    row_length, rotation = _LEVELS.unpack_from(stored, start)
+    if not row_length or num_elements % row_length or rotation > MAX_ROTATION or any(stored[start + 5 : start + 8]):
+        raise FormatError(f"an encoded chunk of {num_elements} elements says rows of {row_length}, rotation {rotation}")
+    end = start + levels_nbytes(num_elements, row_length)
+    padding = start + _LEVELS.size + 2 * num_levels(num_elements, row_length)
+    if stored.nbytes < end or any(stored[padding:end]):
+        raise FormatError("an encoded chunk ends within its levels, or no zeros follow them")
+    return row_length, rotation

@@ -110,7 +110,14 @@ class ChunkWriter:
             return [outcome for outcome in self._contents.values() if isinstance(outcome, ChunkRef)]
 
     def put_chunk(
-        self, raw: memoryview, digest: bytes, width: int, *, path: str = "", previous: ChunkRef | None = None
+        self,
+        raw: memoryview,
+        digest: bytes,
+        width: int,
+        *,
+        path: str = "",
+        previous: ChunkRef | None = None,
+        row_length: int = 0,
     ) -> ChunkRef:
         """Store one chunk as a blob of its own.
 
@@ -120,6 +127,7 @@ class ChunkWriter:
             width: element size in bytes.
             path: place in the state; what is learned about deltas is learned for it.
             previous: what stood at this place last time, if this take may reuse it: a delta's base comes from it.
+            row_length: how many elements probably make a row of the tensor, for the codec; 0 where there are none.
 
         Raises:
             StoreError: the store refused it.
@@ -129,7 +137,7 @@ class ChunkWriter:
         content = (digest, raw.nbytes)
         if self._claim([content]):
             try:
-                self._settle(content, self._put_one(raw, digest, width, path, base_of(previous)))
+                self._settle(content, self._put_one(raw, digest, width, path, base_of(previous), row_length))
             except BaseException as error:
                 self._settle(content, error)
                 raise
@@ -185,10 +193,12 @@ class ChunkWriter:
             raise outcome
         return outcome
 
-    def _put_one(self, raw: memoryview, digest: bytes, width: int, path: str, base: ChunkRef | None) -> ChunkRef:
+    def _put_one(
+        self, raw: memoryview, digest: bytes, width: int, path: str, base: ChunkRef | None, row_length: int
+    ) -> ChunkRef:
         if base is not None and base.nbytes != raw.nbytes:
             base = None
-        ref = self._put_coded(raw, digest, width, path, base)
+        ref = self._put_coded(raw, digest, width, path, base, row_length)
         if ref is None:
             key = str(BlobKey(digest, self._take_id, self._rank))
             self._put(key, raw)
@@ -200,7 +210,7 @@ class ChunkWriter:
         return ref
 
     def _put_coded(
-        self, raw: memoryview, digest: bytes, width: int, path: str, base: ChunkRef | None
+        self, raw: memoryview, digest: bytes, width: int, path: str, base: ChunkRef | None, row_length: int
     ) -> ChunkRef | None:
         """Encode and put, against the base if that is smaller; None where the chunk is to be stored raw."""
         if not self._coder.may_code(raw.nbytes):
@@ -209,7 +219,7 @@ class ChunkWriter:
         try:
             out = buffer.memory(int(raw.nbytes * WORTHWHILE))
             with self._base_at_hand(base, path) as against:
-                coded = self._coder.code(raw, digest, width, out, against)
+                coded = self._coder.code(raw, digest, width, out, against, row_length)
                 if base is not None and against is not None and coded.form is Form.DELTA:
                     self._keep(base, against.raw, path)
             if self._bases is not None and coded.gain is not None:

@@ -79,7 +79,9 @@ class PutJob:
         _check(chunk, raw)
         if self._writer.wants_bases and chunk.previous is not None:
             previous = self._known.lookup(chunk.previous, chunk.nbytes)
-        chunk.ref = self._writer.put_chunk(raw, chunk.digest, chunk.width, path=chunk.path, previous=previous)
+        chunk.ref = self._writer.put_chunk(
+            raw, chunk.digest, chunk.width, path=chunk.path, previous=previous, row_length=chunk.row_length
+        )
 
 
 class PutPackJob:

@@ -36,6 +36,9 @@ SMALL_CHUNK_NBYTES = 1 << 20
 GROUP_NBYTES = 8 << 20
 """How much raw content one group of small chunks holds: one worker carries it, so it bounds a pack and a buffer."""
 
+MIN_ROW_LENGTH = 64
+"""Shorter rows count together with their neighbours along the next dimension: kernels are rows by output channel."""
+
 INLINE_TENSOR_NBYTES = 256
 INLINE_VALUE_NBYTES = 16 << 10
 
@@ -88,6 +91,11 @@ class Chunk:
     def nbytes(self) -> int:
         """Raw size in bytes."""
         return self.piece.nbytes
+
+    @property
+    def row_length(self) -> int:
+        """How many elements make a row: a hint for the codec."""
+        return row_length(self.piece.box.sizes)
 
 
 @dataclass(slots=True, eq=False)
@@ -275,6 +283,16 @@ def chunks_of(path: str, pieces: Sequence[tuple[Source, Piece]], width: int, pla
         Chunk(path, source, piece, width, digest, index in place.changed)
         for index, ((source, piece), digest) in enumerate(zip(pieces, place.digests, strict=True))
     ]
+
+
+def row_length(sizes: Sequence[int]) -> int:
+    """The elements of the innermost dimensions, of as few as make a row."""
+    length = 1
+    for size in reversed(sizes):
+        length *= size
+        if length >= MIN_ROW_LENGTH:
+            break
+    return length
 
 
 def grouped(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:

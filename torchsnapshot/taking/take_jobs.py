@@ -66,7 +66,9 @@ class ChunkJob:
         chunk, previous = self._chunk, None
         if self._writer.wants_bases and chunk.previous is not None:
             previous = self._known.lookup(chunk.previous, chunk.nbytes)
-        return self._writer.put_chunk(raw, digest, chunk.width, path=chunk.path, previous=previous)
+        return self._writer.put_chunk(
+            raw, digest, chunk.width, path=chunk.path, previous=previous, row_length=chunk.row_length
+        )
 
 
 class GroupJob:
