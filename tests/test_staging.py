@@ -19,7 +19,15 @@ from torchsnapshot import Snapshot, StateDict, knobs
 from torchsnapshot.engine import buffers, staging
 from torchsnapshot.engine.buffers import Buffer, BufferPool
 from torchsnapshot.engine.pipeline import Run
-from torchsnapshot.engine.staging import Warming, buffers_to_have, staging_budget, submit_take, wait_staged, warm_up
+from torchsnapshot.engine.staging import (
+    Warming,
+    buffers_to_have,
+    get_memory_ready,
+    staging_budget,
+    submit_take,
+    wait_staged,
+    warm_up,
+)
 
 MIB = 1 << 16
 """A small mebibyte: what holds for it holds for the real one, and touching it takes less time."""
@@ -120,7 +128,8 @@ class TestTakes:
         gate = threading.Event()
         jobs = [Copy(4 * MIB, gate=gate) for _ in range(16)]
         run = submit_take(jobs, concurrency=1, in_background=True, pool=pool)
-        assert wait_staged(run, pool=pool)
+        assert wait_staged(run)
+        get_memory_ready(run, pool=pool)
         staging.warming().wait_ended()
         assert not run.done
         assert pool.lent_nbytes == 64 * MIB

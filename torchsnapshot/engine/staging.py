@@ -82,22 +82,18 @@ def submit_take(
     )
 
 
-def wait_staged(run: Run, timeout: float | None = None, *, pool: BufferPool | None = None) -> bool:
+def wait_staged(run: Run, timeout: float | None = None) -> bool:
     """Return when the caller may change its tensors: all of them are staged, or the run has failed.
 
     Args:
         run: of an asynchronous take.
         timeout: seconds; None = for ever.
-        pool: that of the run; the process's own by default.
 
     Returns:
         False if the time ran out first.
     """
     try:
-        is_staged = run.wait_staged(timeout)
-        if is_staged:
-            _get_ready(run, pool or shared_pool())
-        return is_staged
+        return run.wait_staged(timeout)
     except Exception:
         # whether a put fails before or after the last tensor was staged is chance; commit raises it in both cases
         if not run.done:
@@ -105,18 +101,19 @@ def wait_staged(run: Run, timeout: float | None = None, *, pool: BufferPool | No
         return True
 
 
+def get_memory_ready(run: Run, *, pool: BufferPool | None = None) -> None:
+    """Begin to touch what memory a background take has lacked, for the next one like it, once everything is staged."""
+    pool = pool or shared_pool()
+    if run.staged_buffers:
+        warming().start(pool, buffers_to_have(run.staged_buffers, _allowed(run.staged_buffers, pool)))
+
+
 def warm_up(run: Run, *, pool: BufferPool | None = None) -> None:
-    """After the commit of a background take: see to it that the next one like it has what memory it may stage into."""
+    """The same after the commit of a background take; what it had beyond what the next one may use is given back."""
     pool = pool or shared_pool()
     if run.staged_buffers:
         pool.limit(knobs.get_staging_budget_bytes(sys.maxsize, pool.free_nbytes + pool.lent_nbytes))
-        _get_ready(run, pool)
-
-
-def _get_ready(run: Run, pool: BufferPool) -> None:
-    """Begin to touch what the run lacked, if anything."""
-    if run.staged_buffers:
-        warming().start(pool, buffers_to_have(run.staged_buffers, _allowed(run.staged_buffers, pool)))
+        get_memory_ready(run, pool=pool)
 
 
 def buffers_to_have(used: Mapping[int, int], allowed: int) -> dict[int, int]:

@@ -29,7 +29,7 @@ from torchsnapshot.coordination.distributed import Group
 from torchsnapshot.coordination.messages import CoordinationLost, pack, squeeze, unpack, unsqueeze
 from torchsnapshot.coordination.sessions import Session
 from torchsnapshot.engine.pipeline import Job, Run, submit
-from torchsnapshot.engine.staging import submit_take, wait_staged, warm_up
+from torchsnapshot.engine.staging import get_memory_ready, submit_take, wait_staged, warm_up
 from torchsnapshot.errors import CommitUnknownError, LeaseLostError, SnapshotError
 from torchsnapshot.ranks import assembly, group_exchange
 from torchsnapshot.ranks.agreement import Duty
@@ -218,6 +218,7 @@ class GroupTake:
         session, work, run = self._session, self._work, self._run
         if session is None or work is None or run is None:
             return self._decisions.opened
+        get_memory_ready(run)
         with _reported(session):
             with self.stats.phase("write"):
                 _wait(session, run.wait)

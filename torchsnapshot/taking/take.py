@@ -20,7 +20,7 @@ from torchsnapshot.chunks.reader import BlobStore
 from torchsnapshot.chunks.writer import ChunkWriter, Encoding
 from torchsnapshot.engine.meter import meter_of
 from torchsnapshot.engine.pipeline import Run
-from torchsnapshot.engine.staging import submit_take, wait_staged, warm_up
+from torchsnapshot.engine.staging import get_memory_ready, submit_take, wait_staged, warm_up
 from torchsnapshot.format.entries import (
     MAX_INLINE_NBYTES,
     USER_METADATA,
@@ -213,6 +213,7 @@ class Take:
         work = self._work
         if work is None:
             raise AssertionError("commit() before begin()")
+        get_memory_ready(work.run)
         with self.stats.phase("write"):
             work.run.wait()
             lonely = lonely_chunks(work.plan)

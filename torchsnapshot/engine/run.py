@@ -1,0 +1,360 @@
+"""A run: the jobs of one caller in flight, and the threads that carry them.
+
+What doesn't live here: how a run is begun and what its modes mean (``pipeline``), which job comes next (``backlog``).
+
+Invariants:
+
+- Buffers lent to a run never exceed its budget, except for one job that alone is larger than the budget.
+- The first error wins: no further step of that run begins, steps that run already come to their end, every buffer
+  goes back to the pool, and ``wait`` raises that error.
+- Where jobs are carried through, no more of them wait for their ``finish`` than are staged at once: memory that is used
+  again soon is in the caches, and was touched before.
+- Of a run whose jobs compute first and wait for the store then, no more are staged at once than there are cores: more
+  would take turns on these and at the interpreter's lock, and then all wait for the store together. The run begins with
+  so many workers; when one goes on to ``finish``, another one joins.
+- Whoever waits for a run is woken once, at its end or when all is staged, not by every job. When all is staged nothing
+  is finished for a moment, unless the end is waited for: who waited shall not have to fight for a core and the lock.
+- Worker threads belong to one run, end with it, and are no daemons: an idle process has none of them, and an
+  interpreter that exits joins them (a run that nobody waited for is carried to its end). A thread costs some 50 µs to
+  start; what is worth keeping from run to run, the memory, is kept.
+- In the background phase of a ``STAGE_FIRST`` run (everything staged, only finishing left) a worker lowers its own
+  priority. Linux lets no ordinary thread raise it again, so the thread must end with the run; it does.
+- After ``fork`` the child has neither the threads nor the memory: a run that it inherited raises when it is waited for.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import CancelledError
+from time import monotonic
+
+from torchsnapshot.engine.backlog import Backlog
+from torchsnapshot.engine.buffers import Buffer, BufferPool, size_class
+from torchsnapshot.engine.job import Job, Mode
+from torchsnapshot.engine.priority import lower_priority
+
+_WAIT_SECONDS = 0.5
+"""How often a thread that waits for a run wakes up all the same."""
+
+_HEAD_START_SECONDS = 0.02
+"""How long nothing is finished after all was staged, unless the end is waited for before."""
+
+_run_numbers = itertools.count(1)
+
+
+class Run:
+    """Jobs in flight. Made by ``submit``."""
+
+    def __init__(
+        self,
+        backlog: Backlog,
+        budget: int,
+        mode: Mode,
+        pool: BufferPool,
+        max_staging: int,
+        max_finishing: int,
+    ) -> None:
+        self._backlog = backlog
+        self._budget = budget
+        self._mode = mode
+        self._pool = pool
+        self._max_staging = max_staging
+        self._max_finishing = max_finishing
+        self._max_workers = max_finishing + max_staging if max_staging < max_finishing else max_finishing
+        self._number = next(_run_numbers)
+        self._num_started = 0
+        self._process = os.getpid()
+        lock = threading.Lock()
+        # one lock: what workers wait for, and what those who wait for the run do
+        self._changed = threading.Condition(lock)
+        self._settled = threading.Condition(lock)
+        self._staged: deque[tuple[Job, Buffer | None]] = deque()
+        self._num_staging = 0
+        self._num_finishing = 0
+        self._lent_nbytes = 0
+        self._num_kept: Counter[int] = Counter()
+        self._may_go_on = mode is Mode.THROUGH
+        self._goes_on_at: float | None = None
+        self._live_workers = 0
+        self._stopping = False
+        self._error: BaseException | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether no step runs or will run: finished, failed or cancelled."""
+        return self._live_workers == 0
+
+    @property
+    def error(self) -> BaseException | None:
+        """The first error so far; ``CancelledError`` where nothing but ``cancel`` stopped the run."""
+        return self._error
+
+    @property
+    def staged_buffers(self) -> Mapping[int, int]:
+        """How many staged jobs kept a buffer of each size class, in a ``STAGE_FIRST`` run."""
+        return self._num_kept
+
+    def cancel(self) -> None:
+        """Begin no further step. Returns at once; steps that run already come to their end."""
+        self._check_process()
+        self._stop(CancelledError("the run was cancelled"))
+
+    def wait_staged(self, timeout: float | None = None) -> bool:
+        """Wait until every job is staged: the sources of all jobs may change. See ``wait``."""
+        return self._wait(timeout, staged=True)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until every job is finished.
+
+        An exception that reaches the waiting thread (Ctrl-C) cancels the run, waits for the steps that are running and
+        goes on to the caller; a second one goes to the caller at once.
+
+        Args:
+            timeout: seconds; None = for ever.
+
+        Returns:
+            False if the time ran out first.
+
+        Raises:
+            BaseException: the first error of any job.
+            CancelledError: the run was cancelled before it was done.
+            RuntimeError: the run belongs to the process that this one was forked from.
+        """
+        return self._wait(timeout, staged=False)
+
+    def _wait(self, timeout: float | None, *, staged: bool) -> bool:
+        self._check_process()
+        deadline = None if timeout is None else monotonic() + timeout
+        try:
+            with self._settled:
+                if not staged:
+                    self._may_go_on = True
+                    self._changed.notify_all()
+                while not (self._live_workers == 0 or (staged and self._all_staged())):
+                    left = None if deadline is None else deadline - monotonic()
+                    if left is not None and left <= 0:
+                        return False
+                    # in slices: a Ctrl-C that comes just before the lock is waited for would not be seen else
+                    self._settled.wait(_WAIT_SECONDS if left is None else min(left, _WAIT_SECONDS))
+        except BaseException:
+            self.cancel()
+            with self._settled:
+                while self._live_workers:
+                    self._settled.wait()
+            raise
+        if self._error is not None:
+            raise self._error
+        return True
+
+    def _check_process(self) -> None:
+        # before any lock is touched: another thread of the parent may have held it when the fork happened
+        if os.getpid() != self._process:
+            raise RuntimeError("this run belongs to the parent process; a fork has none of its threads")
+
+    def _all_staged(self) -> bool:
+        return self._backlog.is_empty and self._num_staging == 0 and not self._stopping
+
+    def _stop(self, error: BaseException) -> None:
+        with self._changed:
+            if self._live_workers == 0:
+                return
+            # what went wrong says more than that somebody cancelled
+            if self._error is None or type(self._error) is CancelledError:
+                self._error = error
+            self._stopping = True
+            self._backlog.clear()
+            staged, self._staged = self._staged, deque()
+            self._changed.notify_all()
+        for _, buffer in staged:
+            self._free(buffer)
+
+    def _free(self, buffer: Buffer | None) -> None:
+        if buffer is None:
+            return
+        nbytes = buffer.nbytes
+        buffer.release()
+        with self._changed:
+            self._lent_nbytes -= nbytes
+            self._changed.notify_all()
+
+    # --- the workers' side
+
+    def start(self, num_workers: int) -> None:
+        """Start the first worker threads. ``submit`` calls it, once."""
+        self._live_workers = self._num_started = num_workers
+        for index in range(num_workers):
+            thread = self._thread(index)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                # no more threads: the ones that started carry the run alone; none at all is the caller's problem
+                self._discount_workers(num_workers - index)
+                if index == 0:
+                    self._error = error
+                    raise
+                return
+            except BaseException as error:
+                # Ctrl-C while the thread was starting: it runs, and the caller will never get hold of this run
+                self._discount_workers(num_workers - index - 1)
+                self._stop(error)
+                raise
+
+    def _thread(self, index: int) -> threading.Thread:
+        return threading.Thread(target=self._work, name=f"torchsnapshot-{self._number}-{index}", daemon=False)
+
+    def _start_another(self) -> None:
+        """A worker is about to wait for the store: where work is left, another one takes the core."""
+        if self._num_started >= self._max_workers:
+            return
+        with self._changed:
+            is_left = self._staged or not self._backlog.is_empty
+            if self._stopping or not is_left or self._num_started >= self._max_workers:
+                return
+            index = self._num_started
+            self._num_started += 1
+            self._live_workers += 1
+        try:
+            self._thread(index).start()
+        except RuntimeError:
+            # no more threads: those that run carry the rest
+            self._max_workers = 0
+            self._discount_workers(1)
+
+    def _discount_workers(self, count: int) -> None:
+        with self._changed:
+            self._live_workers -= count
+            self._changed.notify_all()
+            self._tell_waiters()
+
+    def _tell_waiters(self) -> None:
+        """With the lock held: wake those who wait for the run, if what they wait for may have come."""
+        if self._live_workers == 0 or self._all_staged():
+            self._settled.notify_all()
+
+    def _work(self) -> None:
+        try:
+            self._work_until_done()
+        except BaseException as error:
+            self._stop(error)
+        finally:
+            self._discount_workers(1)
+
+    def _work_until_done(self) -> None:
+        lowered = False
+        while True:
+            step = self._next_step()
+            if step is None:
+                return
+            job, buffer, is_finish = step
+            if not is_finish:
+                self._stage(job)
+                continue
+            if not lowered and self._mode is Mode.STAGE_FIRST and self._all_staged():
+                lowered = True
+                lower_priority()
+            self._finish(job, buffer)
+
+    def _finish(self, job: Job, buffer: Buffer | None) -> None:
+        try:
+            self._start_another()
+            job.finish(buffer)
+        finally:
+            with self._changed:
+                self._num_finishing -= 1
+                self._changed.notify_all()
+            self._free(buffer)
+
+    def _stage(self, job: Job) -> None:
+        buffer: Buffer | None = None
+        keeps = False
+        found: Sequence[Job] = ()
+        try:
+            try:
+                if job.nbytes:
+                    buffer = self._acquire(job.nbytes)
+                more = job.stage(buffer)
+                if not isinstance(more, bool):
+                    found, more = more, False
+            finally:
+                with self._changed:
+                    self._num_staging -= 1
+                    if not self._stopping:
+                        self._backlog.add(found)
+                    self._changed.notify_all()
+                    self._tell_waiters()
+            if not more:
+                return
+            with self._changed:
+                keeps = not self._stopping
+                goes_on = keeps and self._mode is Mode.THROUGH and self._num_finishing < self._max_finishing
+                if goes_on:
+                    self._num_finishing += 1
+                elif keeps:
+                    if buffer is not None and self._mode is Mode.STAGE_FIRST:
+                        self._num_kept[buffer.nbytes] += 1
+                    self._staged.append((job, buffer))
+                    self._changed.notify_all()
+            if goes_on:
+                self._finish(job, buffer)
+        finally:
+            if not keeps:
+                self._free(buffer)
+
+    def _acquire(self, nbytes: int) -> Buffer:
+        try:
+            return self._pool.acquire(nbytes)
+        except BaseException:
+            with self._changed:
+                self._lent_nbytes -= size_class(nbytes)
+            raise
+
+    def _next_step(self) -> tuple[Job, Buffer | None, bool] | None:
+        """Wait for the next step and reserve what it needs: (job, its buffer, whether to finish it); None = end."""
+        with self._changed:
+            while not self._stopping:
+                if self._mode is Mode.THROUGH and self._may_finish():
+                    return self._next_staged()
+                job = self._backlog.take(self._may_stage) if self._num_staging < self._max_staging else None
+                if job is not None:
+                    self._num_staging += 1
+                    self._lent_nbytes += size_class(job.nbytes) if job.nbytes else 0
+                    return job, None, False
+                # that nothing is left may have been found out only now
+                self._tell_waiters()
+                if self._staged and not self._may_go_on and self._all_staged():
+                    self._hold_back()
+                    continue
+                if self._may_finish():
+                    return self._next_staged()
+                if self._backlog.is_empty and not self._num_staging and not self._staged:
+                    return None
+                self._changed.wait()
+        return None
+
+    def _may_stage(self, job: Job) -> bool:
+        """Whether there is memory for the job."""
+        if not job.nbytes:
+            return True
+        if self._mode is Mode.THROUGH and len(self._staged) >= self._max_staging:
+            return False
+        return not self._lent_nbytes or self._lent_nbytes + size_class(job.nbytes) <= self._budget
+
+    def _hold_back(self) -> None:
+        """Wait until somebody waits for the run's end, but not for long."""
+        if self._goes_on_at is None:
+            self._goes_on_at = monotonic() + _HEAD_START_SECONDS
+        left = self._goes_on_at - monotonic()
+        self._may_go_on = left <= 0
+        if left > 0:
+            self._changed.wait(left)
+
+    def _may_finish(self) -> bool:
+        return bool(self._staged) and self._num_finishing < self._max_finishing
+
+    def _next_staged(self) -> tuple[Job, Buffer | None, bool]:
+        self._num_finishing += 1
+        return *self._staged.popleft(), True
