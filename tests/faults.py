@@ -48,11 +48,11 @@ class WrappingBackend(Backend):
         return found
 
     def read_into(
-        self, key: str, start: int, buffer: memoryview, *, aligned: bool = False, may_wait: bool = True
+        self, key: str, start: int, buffer: memoryview, *, aligned: bool = False, at_hand: bool | None = None
     ) -> bool:
         """See ``Backend.read_into``."""
         found = self.around(
-            "read", key, lambda: self.inner.read_into(key, start, buffer, aligned=aligned, may_wait=may_wait)
+            "read", key, lambda: self.inner.read_into(key, start, buffer, aligned=aligned, at_hand=at_hand)
         )
         assert isinstance(found, bool)
         return found

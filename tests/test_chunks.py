@@ -58,7 +58,7 @@ class FakeStore:
         return len(self.blobs[key]) if key in self.blobs else None
 
     def read_blob_into(
-        self, key: str, start: int, buffer: memoryview, *, aligned: bool = False, may_wait: bool = True
+        self, key: str, start: int, buffer: memoryview, *, aligned: bool = False, at_hand: bool | None = None
     ) -> bool:
         """As the repository's."""
         with self._lock:

@@ -454,14 +454,14 @@ class TestDirect:
         with open(os.path.join(backend.root, "warm", "key"), "rb") as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            assert not backend.read_into("warm/key", 0, memory[:NBYTES], may_wait=False)
+            assert not backend.read_into("warm/key", 0, memory[:NBYTES], at_hand=True)
             file.read()
-        assert backend.read_into("warm/key", 0, memory[:NBYTES], may_wait=False)
+        assert backend.read_into("warm/key", 0, memory[:NBYTES], at_hand=True)
         assert memory[:NBYTES] == content
-        assert backend.read_into("warm/key", NBYTES - 5, memory[:5], may_wait=False)
+        assert backend.read_into("warm/key", NBYTES - 5, memory[:5], at_hand=True)
         assert memory[:5] == content[-5:]
         with pytest.raises(StoreError, match="too short"):
-            backend.read_into("warm/key", NBYTES - 5, memory[:6], may_wait=False)
+            backend.read_into("warm/key", NBYTES - 5, memory[:6], at_hand=True)
 
     def test_systems_that_cannot_be_asked_are_waited_for(
         self, backend: LocalBackend, monkeypatch: pytest.MonkeyPatch
@@ -476,7 +476,7 @@ class TestDirect:
 
         monkeypatch.setattr(backend._reader, "_is_cached", refuse)
         for _ in range(2):
-            assert not backend.read_into("warm/key", 0, memoryview(bytearray(NBYTES)), may_wait=False)
+            assert not backend.read_into("warm/key", 0, memoryview(bytearray(NBYTES)), at_hand=True)
         assert backend.read_into("warm/key", 0, memoryview(bytearray(NBYTES)))
         assert len(questions) == 1
 

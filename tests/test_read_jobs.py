@@ -53,10 +53,11 @@ class Store:
         return len(self.blobs[key])
 
     def read_blob_into(
-        self, key: str, start: int, buffer: memoryview, *, aligned: bool = False, may_wait: bool = True
+        self, key: str, start: int, buffer: memoryview, *, aligned: bool = False, at_hand: bool | None = None
     ) -> bool:
         """As the repository's."""
-        if key not in self.at_hand and not may_wait:
+        assert at_hand is not False or key not in self.at_hand
+        if key not in self.at_hand and at_hand:
             return False
         if key not in self.at_hand:
             self.waits.append(key)

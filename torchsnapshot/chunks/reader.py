@@ -52,11 +52,11 @@ class BlobStore(Protocol):
         ...
 
     def read_blob_into(
-        self, key: str, start: int, buffer: memoryview, *, aligned: bool = False, may_wait: bool = True
+        self, key: str, start: int, buffer: memoryview, *, aligned: bool = False, at_hand: bool | None = None
     ) -> bool:
         """Fill ``buffer`` from the blob's bytes; ``StoreError`` where it ends too soon.
 
-        With ``may_wait=False`` only where the store need not be waited for; returns whether that was so.
+        ``at_hand``: see ``Backend.read_into``. Returns whether it was filled.
         """
         ...
 
@@ -85,7 +85,9 @@ class ChunkReader:
         self._pool = pool or shared_pool()
         self._is_alone = is_alone
 
-    def read_into(self, ref: ChunkRef, out: memoryview, *, path: str = "", aligned: bool = False) -> None:
+    def read_into(
+        self, ref: ChunkRef, out: memoryview, *, path: str = "", aligned: bool = False, at_hand: bool | None = None
+    ) -> None:
         """Fill ``out`` with the chunk's raw bytes.
 
         Args:
@@ -93,6 +95,7 @@ class ChunkReader:
             out: writable memory of ``ref.nbytes`` bytes that is no live tensor's: it holds anything after an error.
             path: place in the state, for messages.
             aligned: ``out`` is memory of a pool's buffer from its beginning, and the rest of its last page is free too.
+            at_hand: False: ``read_at_hand`` has just said that it isn't.
 
         Raises:
             CorruptionError: the stored bytes are damaged, also on a second reading.
@@ -104,7 +107,7 @@ class ChunkReader:
             raise ValueError(f"a chunk of {ref.nbytes} bytes cannot be read into {out.nbytes} bytes")
         aligned = self._is_alone and (aligned or _may_be_direct(out))
         chain = _chain(ref)
-        problem = self._read_chain(chain, out, aligned) and self._read_chain(chain, out, aligned)
+        problem = self._read_chain(chain, out, aligned, at_hand) and self._read_chain(chain, out, aligned)
         if problem:
             where = f"{path}: " if path else ""
             raise type(problem)(f"{where}stored bytes cannot be used, read twice: {problem}. {_CURE}")
@@ -117,28 +120,28 @@ class ChunkReader:
             ``read_into`` reads it again and says what.
         """
         try:
-            return self._read_chain(_chain(ref), out, aligned=False, may_wait=False) is None
+            return self._read_chain(_chain(ref), out, aligned=False, at_hand=True) is None
         except _NotAtHandError:
             return False
 
-    def read_range(self, ref: ChunkRef, start: int, buffer: memoryview, *, may_wait: bool = True) -> bool:
+    def read_range(self, ref: ChunkRef, start: int, buffer: memoryview, *, at_hand: bool | None = None) -> bool:
         """Fill ``buffer`` from ``start`` on in the blob that holds ``ref``: several members of a pack at once.
 
         Args:
             ref: one of the members.
             start: in bytes.
             buffer: writable.
-            may_wait: False: only where the store need not be waited for.
+            at_hand: see ``Backend.read_into``.
 
         Returns:
-            Whether that was so.
+            Whether it was filled.
 
         Raises:
             What ``read_into`` raises; nothing is checked yet.
         """
         aligned = self._is_alone and _may_be_direct(buffer)
         try:
-            return self._store.read_blob_into(ref.key, start, buffer, aligned=aligned, may_wait=may_wait)
+            return self._store.read_blob_into(ref.key, start, buffer, aligned=aligned, at_hand=at_hand)
         except StoreError as error:
             raise self._explain(ref.key, start + buffer.nbytes, error) from error
 
@@ -154,7 +157,7 @@ class ChunkReader:
             self.read_into(ref, out, path=path)
 
     def _read_chain(
-        self, chain: Sequence[ChunkRef], out: memoryview, aligned: bool, *, may_wait: bool = True
+        self, chain: Sequence[ChunkRef], out: memoryview, aligned: bool, at_hand: bool | None = None
     ) -> SnapshotError | None:
         """Read a chunk by way of its bases, each decoded in place of its own base; returns what is wrong."""
         for depth, ref in enumerate(chain):
@@ -168,7 +171,7 @@ class ChunkReader:
                 try:
                     may_be_direct = aligned if buffer is None else self._is_alone
                     if not self._store.read_blob_into(
-                        ref.key, ref.offset, stored, aligned=may_be_direct, may_wait=may_wait
+                        ref.key, ref.offset, stored, aligned=may_be_direct, at_hand=at_hand
                     ):
                         raise _NotAtHandError
                 except StoreError as error:

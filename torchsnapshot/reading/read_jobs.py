@@ -178,7 +178,7 @@ class ChunkReadJob:
         assert buffer is not None
         raw = buffer.memory(self.nbytes)
         with naming(self._wanted):
-            self._reader.read_into(self._ref, raw)
+            self._reader.read_into(self._ref, raw, at_hand=False)
         self._bring(raw)
 
     def _bring(self, raw: memoryview) -> None:
@@ -211,19 +211,19 @@ class PackReadJob:
             else:
                 self._counters.held(ref)
         self._members = missing
-        return bool(missing) and not self._read_and_bring(buffer, may_wait=False)
+        return bool(missing) and not self._read_and_bring(buffer, at_hand=True)
 
     def finish(self, buffer: Buffer | None) -> None:
         """Wait for it and bring it."""
-        self._read_and_bring(buffer, may_wait=True)
+        self._read_and_bring(buffer, at_hand=False)
 
-    def _read_and_bring(self, buffer: Buffer | None, *, may_wait: bool) -> bool:
+    def _read_and_bring(self, buffer: Buffer | None, *, at_hand: bool) -> bool:
         assert buffer is not None
         memory = buffer.memory(self.nbytes)
         (first, wanted), (last, _) = self._members[0], self._members[-1]
         stored = memory[: last.offset + last.stored_nbytes - first.offset]
         with naming(wanted):
-            if not self._reader.read_range(first, first.offset, stored, may_wait=may_wait):
+            if not self._reader.read_range(first, first.offset, stored, at_hand=at_hand):
                 return False
         for ref, wanted in self._members:
             start = ref.offset - first.offset

@@ -127,7 +127,7 @@ class Backend(ABC):
 
     @abstractmethod
     def read_into(
-        self, key: str, start: int, buffer: memoryview, *, aligned: bool = False, may_wait: bool = True
+        self, key: str, start: int, buffer: memoryview, *, aligned: bool = False, at_hand: bool | None = None
     ) -> bool:
         """Fill ``buffer`` with the object's bytes from ``start``; a short object is a ``StoreError``.
 
@@ -137,7 +137,8 @@ class Backend(ABC):
             buffer: writable.
             aligned: ``buffer`` begins on a ``PAGE_NBYTES`` boundary of pool memory, and the memory up to the next
                 boundary behind its end may be written: direct I/O may be used.
-            may_wait: False: only if the bytes are in this machine's memory.
+            at_hand: True: only if the bytes are in this machine's memory. False: they are known not to be. None: it is
+                not known, and read all the same.
 
         Returns:
             Whether it was filled; if not, it would have had to be waited for, and ``buffer`` holds anything.

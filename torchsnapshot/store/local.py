@@ -233,12 +233,12 @@ class LocalBackend(Backend):
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def read_into(
-        self, key: str, start: int, buffer: memoryview, *, aligned: bool = False, may_wait: bool = True
+        self, key: str, start: int, buffer: memoryview, *, aligned: bool = False, at_hand: bool | None = None
     ) -> bool:
         """See ``Backend.read_into``."""
         view = buffer.cast("B")
         with self._open(key) as file:
-            done = self._reader.read(file.number, view, start, direct=aligned, may_wait=may_wait)
+            done = self._reader.read(file.number, view, start, direct=aligned, at_hand=at_hand)
             if done is not None and done < view.nbytes:
                 raise self._short(key, start, view.nbytes, done)
         return done is not None

@@ -52,7 +52,7 @@ class MemoryBackend(Backend):
         return self._get(key)[0][:nbytes]
 
     def read_into(
-        self, key: str, start: int, buffer: memoryview, *, aligned: bool = False, may_wait: bool = True
+        self, key: str, start: int, buffer: memoryview, *, aligned: bool = False, at_hand: bool | None = None
     ) -> bool:
         """See ``Backend.read_into``."""
         buffer.cast("B")[:] = self.read(key, start, buffer.nbytes)

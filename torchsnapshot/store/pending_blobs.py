@@ -37,10 +37,10 @@ class PendingBlobs:
         return self._repository.blob_nbytes(key)
 
     def read_blob_into(
-        self, key: str, start: int, buffer: memoryview, *, aligned: bool = False, may_wait: bool = True
+        self, key: str, start: int, buffer: memoryview, *, aligned: bool = False, at_hand: bool | None = None
     ) -> bool:
         """See ``Repository.read_blob_into``."""
-        return self._repository.read_blob_into(key, start, buffer, aligned=aligned, may_wait=may_wait)
+        return self._repository.read_blob_into(key, start, buffer, aligned=aligned, at_hand=at_hand)
 
     def sync(self) -> None:
         """Make all that was put durable.

@@ -108,7 +108,7 @@ class FileReader:
         self._direct = _O_DIRECT != 0 and self._can_ask
         self._page = _BouncePage()
 
-    def read(self, file: int, view: memoryview, start: int, *, direct: bool, may_wait: bool = True) -> int | None:
+    def read(self, file: int, view: memoryview, start: int, *, direct: bool, at_hand: bool | None = None) -> int | None:
         """Fill ``view`` from ``start`` on in the file.
 
         Args:
@@ -116,18 +116,18 @@ class FileReader:
             view: where to.
             start: in bytes.
             direct: ``view`` begins on a page of memory that is left out of forks.
-            may_wait: False: only where the page cache seems to hold all of it.
+            at_hand: True: only where the page cache seems to hold all of it. False: it is known not to.
 
         Returns:
             How many bytes there were: less than the view's only where the file ends. None where nothing was read, as
             the disk would have had to be waited for.
         """
         done = 0
-        if not may_wait:
+        if at_hand:
             if self._would_wait(file, start, view.nbytes):
                 return None
         elif direct and self._direct and view.nbytes >= DIRECT_MIN_NBYTES and start % PAGE_NBYTES == 0:
-            done = self._read_direct(file, view, start)
+            done = self._read_direct(file, view, start, is_cold=at_hand is False)
         while done < view.nbytes:
             num_read = os.preadv(file, [view[done:]], start + done)
             if num_read == 0:
@@ -135,10 +135,10 @@ class FileReader:
             done += num_read
         return done
 
-    def _read_direct(self, file: int, view: memoryview, start: int) -> int:
+    def _read_direct(self, file: int, view: memoryview, start: int, *, is_cold: bool) -> int:
         """Read past the page cache; the number of bytes, 0 where the cache has them or direct I/O is refused."""
         try:
-            if self._is_cached(file, start, view.nbytes):
+            if not is_cold and self._is_cached(file, start, view.nbytes):
                 return 0
             fcntl.fcntl(file, fcntl.F_SETFL, _O_DIRECT)
             try:

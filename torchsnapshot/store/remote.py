@@ -126,10 +126,10 @@ class RemoteBackend(Backend):
         return self._get(key, 0, nbytes)
 
     def read_into(
-        self, key: str, start: int, buffer: memoryview, *, aligned: bool = False, may_wait: bool = True
+        self, key: str, start: int, buffer: memoryview, *, aligned: bool = False, at_hand: bool | None = None
     ) -> bool:
         """See ``Backend.read_into``."""
-        if not may_wait:
+        if at_hand:
             return False
         view = buffer.cast("B")
         view[:] = self.read(key, start, view.nbytes)

@@ -185,7 +185,7 @@ class Repository:
             raise self._missing(key) from error
 
     def read_blob_into(
-        self, key: str, start: int, buffer: memoryview, *, aligned: bool = False, may_wait: bool = True
+        self, key: str, start: int, buffer: memoryview, *, aligned: bool = False, at_hand: bool | None = None
     ) -> bool:
         """Fill ``buffer`` with a blob's bytes from ``start``; see ``Backend.read_into``.
 
@@ -193,7 +193,7 @@ class Repository:
             MissingBlobError: the blob is not there.
         """
         try:
-            return self.backend.read_into(_blob(key), start, buffer, aligned=aligned, may_wait=may_wait)
+            return self.backend.read_into(_blob(key), start, buffer, aligned=aligned, at_hand=at_hand)
         except KeyAbsentError as error:
             raise self._missing(key) from error
 
