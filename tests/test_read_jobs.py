@@ -56,7 +56,6 @@ class Store:
         self, key: str, start: int, buffer: memoryview, *, aligned: bool = False, at_hand: bool | None = None
     ) -> bool:
         """As the repository's."""
-        assert at_hand is not False or key not in self.at_hand
         if key not in self.at_hand and at_hand:
             return False
         if key not in self.at_hand:

@@ -95,7 +95,7 @@ class ChunkReader:
             out: writable memory of ``ref.nbytes`` bytes that is no live tensor's: it holds anything after an error.
             path: place in the state, for messages.
             aligned: ``out`` is memory of a pool's buffer from its beginning, and the rest of its last page is free too.
-            at_hand: False: ``read_at_hand`` has just said that it isn't.
+            at_hand: False: ``read_at_hand`` has just said so.
 
         Raises:
             CorruptionError: the stored bytes are damaged, also on a second reading.

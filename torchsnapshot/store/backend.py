@@ -137,8 +137,8 @@ class Backend(ABC):
             buffer: writable.
             aligned: ``buffer`` begins on a ``PAGE_NBYTES`` boundary of pool memory, and the memory up to the next
                 boundary behind its end may be written: direct I/O may be used.
-            at_hand: True: only if the bytes are in this machine's memory. False: they are known not to be. None: it is
-                not known, and read all the same.
+            at_hand: True: only if the bytes are in this machine's memory. False: they are known not to be, or not to be
+                right there. None: nothing is known.
 
         Returns:
             Whether it was filled; if not, it would have had to be waited for, and ``buffer`` holds anything.

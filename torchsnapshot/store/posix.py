@@ -116,7 +116,7 @@ class FileReader:
             view: where to.
             start: in bytes.
             direct: ``view`` begins on a page of memory that is left out of forks.
-            at_hand: True: only where the page cache seems to hold all of it. False: it is known not to.
+            at_hand: True: only where the page cache seems to hold all of it. False: the page cache is not asked.
 
         Returns:
             How many bytes there were: less than the view's only where the file ends. None where nothing was read, as
