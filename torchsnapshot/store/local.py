@@ -22,6 +22,7 @@ import os
 import stat
 import threading
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 
 from torchsnapshot.errors import KeyExistsError, StoreError
 from torchsnapshot.store.backend import Backend, Buffer, Folder, FolderIdentity, ObjectInfo, check_key
@@ -64,7 +65,6 @@ class LocalBackend(Backend):
         self._names = DurableNames(self.root, os.path.join(self.root, STORE_FOLDER), self._blobs_folder)
         self._writer = FileWriter()
         self._reader = FileReader()
-        self._mount: Mount | None = None
         self._making_folders = threading.Lock()
 
     @property
@@ -114,7 +114,7 @@ class LocalBackend(Backend):
                 # of a take that it holds for dead: make the folders and begin again.
                 try:
                     self._make_folder(temp_folder)
-                    self._make_folder(os.path.dirname(target))
+                    self._make_folder(os.path.dirname(target), alone=later)
                 except OSError as error:
                     raise translate(error, self.url, "put", key, writing=True) from error
             else:
@@ -164,12 +164,10 @@ class LocalBackend(Backend):
             return False
         return self._is_on_local_disk()
 
-    @property
+    @cached_property
     def mount(self) -> Mount:
         """Where ROOT is mounted, or will be."""
-        if self._mount is None:
-            self._mount = find_mount(self.root)
-        return self._mount
+        return find_mount(self.root)
 
     def _is_on_local_disk(self) -> bool:
         return self.mount.coherence is Coherence.LOCAL
@@ -182,13 +180,8 @@ class LocalBackend(Backend):
 
     # ---- folders
 
-    def _make_folder(self, folder: str) -> None:
-        """Make ``folder`` and what is missing above it."""
-        # a new store's first puts come at once: they would all make the same folders, each waiting for the others
-        with self._making_folders:
-            self._make_missing(folder)
-
-    def _make_missing(self, folder: str) -> None:
+    def _make_folder(self, folder: str, *, alone: bool = False) -> None:
+        """Make ``folder`` and what is missing above it; unless ``alone``, a folder of blobs with all its neighbours."""
         missing: list[str] = []
         path = folder
         while not os.path.isdir(path):
@@ -196,12 +189,18 @@ class LocalBackend(Backend):
             path = os.path.dirname(path)
         for path in reversed(missing):
             make_folder(path)
-            if os.path.dirname(path) == self._blobs_folder:
-                # All 256 at once: their names then cost one fsync of the parent, not one each.
-                for number in range(256):
-                    make_folder(os.path.join(self._blobs_folder, f"{number:02x}"))
+            if os.path.dirname(path) == self._blobs_folder and not alone:
+                # their names then cost one fsync of the parent, not one each
+                self._make_blob_folders()
             if self.durable and not is_below(path, self.root):
                 fsync_folder(os.path.dirname(path))
+
+    def _make_blob_folders(self) -> None:
+        # a new store's first puts come together: they would all make them, each waiting for the others
+        with self._making_folders:
+            folders = (os.path.join(self._blobs_folder, f"{number:02x}") for number in range(256))
+            for folder in itertools.filterfalse(os.path.isdir, folders):
+                make_folder(folder)
 
     # ---- reading
 
