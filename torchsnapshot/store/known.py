@@ -90,7 +90,7 @@ class Known:
 
         Args:
             refs: chunks that a take of this process has committed, and that were known then or put by it; its knowledge
-                was of the same ``origin``. Of the chunks of one pack, one is enough.
+                was of the same ``origin``. Of the chunks of one pack without bases, one is enough.
         """
         if self._filled is None:
             return False

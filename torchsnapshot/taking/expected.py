@@ -11,58 +11,39 @@ never changed: with the first chunk that does not pass, the plan gets a new leaf
 
 from __future__ import annotations
 
+import operator
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torchsnapshot.chunks.reader import digest_of
+from torchsnapshot.store.envelope import ChunkRef
 from torchsnapshot.store.known import Known
 from torchsnapshot.taking.plan import Chunk, Leaf
 
 
 class ExpectedLeaf:
-    """A settled leaf of a plan, and the memory that is to be compared with it.
+    """A settled leaf of a plan whose memory is to be compared with it.
 
     Args:
         leaves: the plan's.
         number: which of them.
-        buffers: the memory of each of its chunks.
-        renew: makes the leaf's successor, whose chunks can be staged; called at most once. With ``buffers`` it keeps
-            the memory alive.
+        renew: makes the leaf's successor, whose chunks can be staged; called at most once.
     """
 
-    __slots__ = ("_buffers", "_leaves", "_lock", "_number", "_renew", "_renewed", "_settled")
+    __slots__ = ("_leaves", "_lock", "_number", "_renew", "_renewed", "_settled")
 
-    def __init__(self, leaves: list[Leaf], number: int, buffers: Sequence[Any], renew: Callable[[], Leaf]) -> None:
+    def __init__(self, leaves: list[Leaf], number: int, renew: Callable[[], Leaf]) -> None:
         self._leaves = leaves
         self._number = number
         self._settled = leaves[number]
-        self._buffers = buffers
         self._renew = renew
         self._renewed: Leaf | None = None
         self._lock = threading.Lock()
 
-    def nbytes(self, index: int) -> int:
-        """The size of a chunk."""
-        return self._settled.chunks[index].nbytes
-
-    def differing(self, index: int, known: Known) -> Chunk | None:
-        """Look at one chunk.
-
-        Returns:
-            None where it is what the last take stored, and that may be reused. Else the chunk, to be staged without
-            another look.
-        """
-        ref = self._settled.chunks[index].ref
-        assert ref is not None
-        if digest_of(self._buffers[index]) == ref.digest and known.may_reuse((ref,)):
-            return None
-        chunk = self._successor().chunks[index]
-        chunk.ref, chunk.changed_last_time = None, True
-        return chunk
-
-    def _successor(self) -> Leaf:
+    def renewed(self, index: int) -> Chunk:
+        """A chunk that has not passed, of the leaf's successor: to be staged without another look."""
         with self._lock:
             if self._renewed is None:
                 self._renewed = self._renew()
@@ -70,11 +51,27 @@ class ExpectedLeaf:
                 for chunk, last in zip(self._renewed.chunks, self._settled.chunks, strict=True):
                     chunk.ref = last.ref
                 self._leaves[self._number] = self._renewed
-            return self._renewed
+        chunk = self._renewed.chunks[index]
+        chunk.ref, chunk.changed_last_time = None, True
+        return chunk
 
 
-ExpectedChunk = tuple[ExpectedLeaf, int]
-"""A leaf, and the number of one of its chunks."""
+@dataclass(frozen=True, slots=True, eq=False)
+class ExpectedChunk:
+    """A chunk of a leaf: where its bytes lie, and where those that are expected are stored.
+
+    ``buffer`` and ``leaf`` keep the memory alive.
+    """
+
+    leaf: ExpectedLeaf
+    index: int
+    buffer: Any
+    ref: ChunkRef
+
+    @property
+    def nbytes(self) -> int:
+        """Raw size in bytes."""
+        return self.ref.nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +86,25 @@ class Expected:
     groups: list[list[Chunk | ExpectedChunk]] = field(default_factory=list)
 
 
-def differing(chunks: Iterable[Chunk | ExpectedChunk], known: Known) -> list[Chunk]:
-    """Look at all that are expected: those that are to be staged, and the plan's own, in their order."""
-    found = [chunk if isinstance(chunk, Chunk) else chunk[0].differing(chunk[1], known) for chunk in chunks]
-    return [chunk for chunk in found if chunk is not None]
+def differing(chunks: Sequence[Chunk | ExpectedChunk], known: Known) -> list[Chunk]:
+    """Look at all that are expected: those that are to be staged, and the plan's own, in their order.
+
+    A chunk passes if it is what the last take stored, and that may be reused.
+    """
+    expected = [chunk for chunk in chunks if isinstance(chunk, ExpectedChunk)]
+    digests = list(map(digest_of, map(_BUFFER, expected)))
+    if digests == list(map(_DIGEST, expected)) and known.may_reuse(map(_REF, expected)):
+        return [chunk for chunk in chunks if isinstance(chunk, Chunk)]
+    digest_by_place = dict(zip(map(id, expected), digests, strict=True))
+    found: list[Chunk] = []
+    for chunk in chunks:
+        if isinstance(chunk, Chunk):
+            found.append(chunk)
+        elif digest_by_place[id(chunk)] != chunk.ref.digest or not known.may_reuse((chunk.ref,)):
+            found.append(chunk.leaf.renewed(chunk.index))
+    return found
 
 
-def size_of(chunk: Chunk | ExpectedChunk) -> int:
-    """The bytes of a chunk."""
-    return chunk.nbytes if isinstance(chunk, Chunk) else chunk[0].nbytes(chunk[1])
+_BUFFER = operator.attrgetter("buffer")
+_REF = operator.attrgetter("ref")
+_DIGEST = operator.attrgetter("ref.digest")

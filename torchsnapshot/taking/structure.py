@@ -24,6 +24,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import count, islice, repeat
 from typing import Any
 
 from torchsnapshot.chunks.reader import digest_of
@@ -165,7 +166,7 @@ class Structure:
             return None
         numbers = reading.skeleton.numbers
         # of leaves that changed last time most chunks will differ: they are copied first and hashed then
-        moving = [column for column, leaf in zip(columns.expected, expected, strict=True) if leaf is None]
+        moving = [column for column, chunks in zip(columns.expected, expected, strict=True) if chunks is None]
         fresh = dict(reading.others)
         fresh.update((numbers[column], reading.leaf(column)) for column in (*changed, *moving, *columns.others))
         for number, node in fresh.items():
@@ -177,11 +178,13 @@ class Structure:
             # that it differs from what was there needs no other look
             leaves[numbers[column]].chunks[0].changed_last_time = True
         inline_nbytes = columns.inline_nbytes + sum(len(leaves[number].inline or b"") for number in fresh)
-        still = {number: leaf for number, leaf in zip(columns.expected_numbers, expected, strict=True) if leaf}
+        still = {number: chunks for number, chunks in zip(columns.expected_numbers, expected, strict=True) if chunks}
         return self._plan_of(leaves, sorted(fresh), still, inline_nbytes)
 
-    def _expected(self, reading: Reading, columns: Columns, leaves: list[Leaf]) -> list[ExpectedLeaf | None] | None:
-        """The larger tensors whose bytes are likely to be what the last take stored; None in the place of others.
+    def _expected(
+        self, reading: Reading, columns: Columns, leaves: list[Leaf]
+    ) -> list[list[ExpectedChunk] | None] | None:
+        """The chunks of larger tensors whose bytes are likely to be what the last take stored; None in place of others.
 
         Returns:
             None where their memory cannot be read.
@@ -189,17 +192,17 @@ class Structure:
         buffers = columns.expected_buffers.over(reading.memory)
         if buffers is None:
             return None
-        found: list[ExpectedLeaf | None] = []
-        start = 0
+        found: list[list[ExpectedChunk] | None] = []
+        left = iter(buffers)
         for column, number in zip(columns.expected, columns.expected_numbers, strict=True):
             last = leaves[number]
-            end = start + len(self._templates[number].pieces)
+            mine = list(islice(left, len(last.chunks)))
             if any(chunk.changed_last_time for chunk in last.chunks):
                 found.append(None)
-            else:
-                renew = partial(self._renewed, reading, column, number, last)
-                found.append(ExpectedLeaf(leaves, number, buffers[start:end], renew))
-            start = end
+                continue
+            leaf = ExpectedLeaf(leaves, number, partial(self._renewed, reading, column, number, last))
+            refs = [chunk.ref for chunk in last.chunks if chunk.ref is not None]
+            found.append(list(map(ExpectedChunk, repeat(leaf), count(), mine, refs)))
         return found
 
     def _renewed(self, reading: Reading, column: int, number: int, last: Leaf) -> Leaf:
@@ -215,23 +218,22 @@ class Structure:
         return template.leaf(last.path, node, place_of(last) if template.pieces else None)
 
     def _plan_of(
-        self, leaves: list[Leaf], fresh: Sequence[int], still: Mapping[int, ExpectedLeaf], inline_nbytes: int
+        self, leaves: list[Leaf], fresh: Sequence[int], still: Mapping[int, list[ExpectedChunk]], inline_nbytes: int
     ) -> tuple[TakePlan, Expected]:
         """The plan of these leaves.
 
         Args:
             leaves: all of them.
             fresh: the numbers of those that are not settled, in their order.
-            still: those of which the same bytes are expected, by their numbers, in their order.
+            still: the chunks of those of which the same bytes are expected, by their numbers, in their order.
             inline_nbytes: of all leaves.
         """
         large: list[Chunk] = []
         expected = Expected()
         groups: list[list[Chunk | ExpectedChunk]] = [[] for _ in range(self._num_groups)]
         for number in sorted((*fresh, *still)):
-            kept = still.get(number)
-            for index, group in enumerate(self._templates[number].groups):
-                chunk = leaves[number].chunks[index] if kept is None else (kept, index)
+            chunks: Sequence[Chunk | ExpectedChunk] = still.get(number) or leaves[number].chunks
+            for chunk, group in zip(chunks, self._templates[number].groups, strict=True):
                 if group is not None:
                     groups[group].append(chunk)
                 elif isinstance(chunk, Chunk):

@@ -19,7 +19,7 @@ from torchsnapshot.engine.buffers import Buffer
 from torchsnapshot.engine.pipeline import Job
 from torchsnapshot.store.envelope import ChunkRef
 from torchsnapshot.store.known import Known
-from torchsnapshot.taking.expected import Expected, ExpectedChunk, differing, size_of
+from torchsnapshot.taking.expected import Expected, ExpectedChunk, differing
 from torchsnapshot.taking.plan import Chunk, TakePlan
 
 LOOK_NBYTES = 32 << 20
@@ -162,7 +162,7 @@ def buffer_sizes(plan: TakePlan, expected: Expected) -> list[int]:
     """The bytes of every buffer that the jobs of a take need if everything has changed."""
     large: list[Chunk | ExpectedChunk] = [*plan.large, *expected.large]
     groups: list[Sequence[Chunk | ExpectedChunk]] = [*plan.groups, *expected.groups]
-    return [*map(size_of, large), *(sum(map(size_of, group)) for group in groups)]
+    return [chunk.nbytes for chunk in large] + [sum(chunk.nbytes for chunk in group) for group in groups]
 
 
 def _runs(chunks: Iterable[ExpectedChunk]) -> Iterator[list[ExpectedChunk]]:
@@ -171,7 +171,7 @@ def _runs(chunks: Iterable[ExpectedChunk]) -> Iterator[list[ExpectedChunk]]:
     nbytes = 0
     for chunk in chunks:
         run.append(chunk)
-        nbytes += size_of(chunk)
+        nbytes += chunk.nbytes
         if nbytes >= LOOK_NBYTES:
             yield run
             run, nbytes = [], 0
