@@ -50,7 +50,7 @@ BASE_MEMORY_SHARE = 8
 DEFAULT_IO_CONCURRENCY = 16
 
 _GRANT_SECONDS = 10.0
-"""How old what the control groups grant may be."""
+"""How old what is known of the control groups may be: which they are, and how many cores they grant."""
 
 CHUNK_SIZE = "TORCHSNAPSHOT_MAX_CHUNK_SIZE_BYTES_OVERRIDE"
 SHARD_SIZE = "TORCHSNAPSHOT_MAX_SHARD_SIZE_BYTES_OVERRIDE"
@@ -340,14 +340,24 @@ def _machine_free_nbytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def _control_groups(controller: str) -> Iterator[tuple[int, Path]]:
-    """(version, folder) of each control group that limits this process: its own and all above it.
+def _control_groups(controller: str) -> tuple[tuple[int, Path], ...]:
+    """(version, folder) of each control group that limits this process: its own and all above it."""
+    return _found_control_groups(_SYSTEM_ROOT, controller, int(monotonic() // _GRANT_SECONDS))
+
+
+@lru_cache(maxsize=2)
+def _found_control_groups(system_root: Path, controller: str, _: int) -> tuple[tuple[int, Path], ...]:
+    return tuple(_find_control_groups(system_root, controller))
+
+
+def _find_control_groups(system_root: Path, controller: str) -> Iterator[tuple[int, Path]]:
+    """Look for them.
 
     A container without a cgroup namespace sees a path here that doesn't exist below its mount; its limits then stand at
     the mount's root, which ends every walk.
     """
-    mount = _SYSTEM_ROOT / "sys" / "fs" / "cgroup"
-    for line in _read(_SYSTEM_ROOT / "proc" / "self" / "cgroup").splitlines():
+    mount = system_root / "sys" / "fs" / "cgroup"
+    for line in _read(system_root / "proc" / "self" / "cgroup").splitlines():
         controllers, _, path = line.partition(":")[2].partition(":")
         if controllers == "":
             version, top = 2, mount
@@ -364,8 +374,16 @@ def _control_groups(controller: str) -> Iterator[tuple[int, Path]]:
 
 def _read(path: Path) -> str:
     """The text of a small system file, empty where it can't be read."""
+    pieces: list[bytes] = []
     try:
-        return path.read_text()
+        # every take asks: this takes a third of the time of read_text()
+        file = os.open(path, os.O_RDONLY)
+        try:
+            while piece := os.read(file, 1 << 16):
+                pieces.append(piece)
+        finally:
+            os.close(file)
+        return b"".join(pieces).decode()
     except (OSError, UnicodeDecodeError):
         return ""
 
