@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import random
 import struct
+import sys
 import threading
 
 import pytest
 import torch
 import zstandard
+from folders import run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from read_format import decode_chunk
@@ -650,3 +652,26 @@ def test_torch_starts_no_threads_of_its_own(row_length: int) -> None:
     thread.start()
     thread.join()
     assert grown == [0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+def test_encoding_starts_no_threads() -> None:
+    """However many threads torch may use, a chunk is encoded and decoded, with levels too, by the one that asked."""
+    code = """
+import ctypes, os, torch
+from torchsnapshot.chunks.codecs import Effort, decode_into, encode_bytes
+from torchsnapshot.chunks.encoded import read_header
+torch.manual_seed(0)
+grid = (torch.randn(8192, 1).exp() * torch.randn(1, 128).exp()).square() * (0.5 + torch.rand(8192, 128))
+raw = memoryview(bytearray(ctypes.string_at(grid.data_ptr(), grid.nbytes)))
+torch.set_num_threads(8)
+before = len(os.listdir("/proc/self/task"))
+stored = memoryview(encode_bytes(raw, 4, Effort.SMALLEST, row_length=128))
+assert read_header(stored).row_length == 128
+back = memoryview(bytearray(raw.nbytes))
+decode_into(stored, back)
+assert back == raw
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+    done = run_python(code)
+    assert done.stdout.strip() == "0", done.stderr

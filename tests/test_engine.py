@@ -220,6 +220,25 @@ def test_all_is_staged_when_what_was_found_is(record: Record) -> None:
     assert sorted(record.finished) == list(range(1, 9))
 
 
+def test_nothing_is_finished_before_all_is_staged(record: Record) -> None:
+    """A worker that has nothing left to stage waits for those that do, and what is kept is counted by then."""
+    jobs: list[Job] = [Numbered(record, number) for number in range(7)]
+    jobs.append(Numbered(record, 7, in_stage=lambda: time.sleep(0.05)))
+    run = submit(jobs, num_workers=4, mode=Mode.STAGE_FIRST, pool=record.pool)
+    assert run.wait_staged()
+    assert dict(run.staged_buffers) == {PAGE: 8}
+    assert run.wait()
+    assert [step[0] for step in record.steps] == ["s"] * 8 + ["f"] * 8
+
+
+def test_what_was_found_is_carried_by_several(record: Record) -> None:
+    """Jobs that the only job of a run finds are carried side by side."""
+    together = threading.Barrier(2)
+    found: list[Job] = [Numbered(record, number, in_stage=together.wait) for number in range(1, 3)]
+    assert submit([Finding(record, 0, found)], num_workers=4, num_staging=2, pool=record.pool).wait()
+    assert sorted(record.finished) == [1, 2]
+
+
 def test_what_was_found_is_dropped_after_an_error(record: Record) -> None:
     """A run that has failed stages nothing that is found afterwards."""
     failed = threading.Event()

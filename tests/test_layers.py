@@ -28,8 +28,8 @@ LAYERS = [
     # what carries work and messages, and the store's objects: they know no tensors and no snapshots
     """event_handlers engine coordination store.backend store.bounded store.clock store.keys store.mounts
     store.parallel store.processes store.turns""",
-    """store.container store.durable_names store.envelope store.filesystems store.gcs_files store.local
-    store.local_errors store.locate store.memory store.other_files store.posix store.records store.remote
+    """store.blob_folders store.container store.durable_names store.envelope store.filesystems store.gcs_files
+    store.local store.local_errors store.locate store.memory store.other_files store.posix store.records store.remote
     store.remote_errors store.remote_files store.s3_files store.table_references store.tables
     store.walk store.whole_filesystem""",
     # the store's protocol

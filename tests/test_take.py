@@ -17,10 +17,11 @@ from folders import blobs, entry, files, generations, keys, manifest, mislabelle
 
 from torchsnapshot import Snapshot, StateDict, knobs
 from torchsnapshot.chunks.encoded import read_header
-from torchsnapshot.errors import SnapshotError, UnsupportedValueError
+from torchsnapshot.errors import SnapshotError, SnapshotNotFoundError, UnsupportedValueError
 from torchsnapshot.format.entries import TensorEntry, ValueEntry
 from torchsnapshot.store.clock import SYSTEM_CLOCK
 from torchsnapshot.store.envelope import MAX_USER_METADATA_NBYTES, Form
+from torchsnapshot.taking import take as taking
 
 CHUNK_NBYTES = 64 << 10
 NUMEL = CHUNK_NBYTES // 4
@@ -739,3 +740,37 @@ class TestExpected:
         gc.collect()
         assert num_new(snapshot) == 3
         assert not any(tensor() is not None for tensor in tensors)
+
+    def test_a_tensor_that_gets_other_memory_meanwhile(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Another thread gives a tensor another, smaller memory during a take: it holds what was there at the call."""
+        state = self.state()
+        take(root / "a", state)
+        take(root / "b", state)
+        state["large1"] += 1
+        wanted = state["large1"].clone()
+        begin = taking.submit_take
+
+        def swap_first(*arguments: Any, **options: Any) -> Any:
+            state["large1"].data = torch.zeros(4)
+            return begin(*arguments, **options)
+
+        monkeypatch.setattr(taking, "submit_take", swap_first)
+        take(root / "c", state)
+        assert torch.equal(restored(root / "c")["large1"], wanted)
+
+    def test_memory_that_is_freed_meanwhile_is_an_error(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Storage that another thread empties during a take is not read: the error names the tensor."""
+        state = self.state()
+        take(root / "a", state)
+        take(root / "b", state)
+        begin = taking.submit_take
+
+        def free_first(*arguments: Any, **options: Any) -> Any:
+            state["large1"].untyped_storage().resize_(0)
+            return begin(*arguments, **options)
+
+        monkeypatch.setattr(taking, "submit_take", free_first)
+        with pytest.raises(UnsupportedValueError, match="large1: its memory was freed"):
+            take(root / "c", state)
+        with pytest.raises(SnapshotNotFoundError):
+            restored(root / "c")

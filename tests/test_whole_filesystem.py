@@ -57,3 +57,22 @@ def test_failures_are_raised(tmp_path: Path, dirty: list[int], monkeypatch: pyte
     with pytest.raises(OSError, match=os.strerror(errno.EIO)) as caught:
         sync_filesystem(str(tmp_path))
     assert caught.value.errno == errno.EIO
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.EPERM])
+def test_refusals_are_no_failures(tmp_path: Path, dirty: list[int], monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    """Where a sandbox does not let the call through, nothing was done, and each file can still be synced."""
+
+    def refuse(file: int) -> int:
+        whole_filesystem.ctypes.set_errno(code)
+        return -1
+
+    monkeypatch.setattr(whole_filesystem, "_syncfs", refuse)
+    assert not sync_filesystem(str(tmp_path))
+
+
+def test_old_kernels_are_told_by_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number that counts is read from any name of a kernel; one that has none counts as old."""
+    for release, wanted in (("5.16.20-generic", (5, 16)), ("6.1.0", (6, 1)), ("5.17-rc1", (5, 17)), ("odd", (0, 0))):
+        monkeypatch.setattr(os, "uname", lambda release=release: type("Uname", (), {"release": release}))
+        assert whole_filesystem._kernel() == wanted

@@ -6,8 +6,8 @@ entropy coder (``codecs``).
 A lane is the array of ``size`` bytes, from byte ``start`` on, of every element. Shifting an element and casting it to
 a narrower integer is vectorised by torch (some 5 to 10 GB/s a core); a strided copy of bytes is not (2.5 GB/s).
 
-Invariants: every operation covers fewer elements than torch's intra-op grain, so it runs in the calling thread and no
-thread is ever started here.
+Invariants: every operation covers fewer elements than the grain that torch gives it, so it runs in the calling thread
+and no thread is ever started here. (It is at::internal::GRAIN_SIZE for nearly all; rounding, for one, has a smaller.)
 """
 
 from __future__ import annotations
@@ -190,8 +190,9 @@ def measure_levels(source: torch.Tensor, rotation: int, tiles: Tiles) -> Levels:
     place = _MEAN_PLACE * 2.0 ** (_LEVEL_BITS - rotation)
     numbers = memoryview(bytearray(_LEVEL_BITS // 8 * (row_length + num_rows)))
     target = array(numbers, _SIGNED[_LEVEL_BITS // 8])
-    target[:row_length].copy_(columns.mul_(scale).round_().int())
-    target[row_length:].copy_(rows.mul_(scale).sub_(place).round_().int())
+    # cut off, not rounded: any number near the mean does, and torch rounds in threads of its own
+    target[:row_length].copy_(columns.mul_(scale).int())
+    target[row_length:].copy_(rows.mul_(scale).sub_(place).int())
     return Levels(row_length, rotation, numbers)
 
 

@@ -1,6 +1,6 @@
 """Jobs that nobody has begun, and which of them comes next.
 
-What doesn't live here: locks, threads, memory (``pipeline``): whoever calls holds the run's lock.
+What doesn't live here: locks, threads, memory (``run``): whoever calls holds the run's lock.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from torchsnapshot.engine.buffers import Buffer
 
 
 class Mode(Enum):
-    """In which order a run's workers take steps; see the module's docstring."""
+    """In which order a run's workers take steps; see ``pipeline``."""
 
     THROUGH = "through"
     STAGE_FIRST = "stage_first"

@@ -1,6 +1,6 @@
 """How urgent a thread is to the system.
 
-What doesn't live here: which threads are less urgent than others, and from when on (``pipeline``, ``staging``).
+What doesn't live here: which threads are less urgent than others, and from when on (``run``, ``staging``).
 """
 
 from __future__ import annotations

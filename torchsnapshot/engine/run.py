@@ -12,8 +12,9 @@ Invariants:
 - Of a run whose jobs compute first and wait for the store then, no more are staged at once than there are cores: more
   would take turns on these and at the interpreter's lock, and then all wait for the store together. The run begins with
   so many workers; when one goes on to ``finish``, another one joins.
-- Whoever waits for a run is woken once, at its end or when all is staged, not by every job. When all is staged nothing
-  is finished for a moment, unless the end is waited for: who waited shall not have to fight for a core and the lock.
+- Whoever waits for a run is woken once, at its end or when all is staged, not by every job. Where everything is staged
+  first, nothing is finished while the last jobs are staged and for a moment after that: who waited for it shall not
+  have to fight for a core and the interpreter's lock.
 - Worker threads belong to one run, end with it, and are no daemons: an idle process has none of them, and an
   interpreter that exits joins them (a run that nobody waited for is carried to its end). A thread costs some 50 µs to
   start; what is worth keeping from run to run, the memory, is kept.
@@ -40,8 +41,8 @@ from torchsnapshot.engine.priority import lower_priority
 _WAIT_SECONDS = 0.5
 """How often a thread that waits for a run wakes up all the same."""
 
-_HEAD_START_SECONDS = 0.02
-"""How long nothing is finished after all was staged, unless the end is waited for before."""
+_HEAD_START_SECONDS = 0.003
+"""How long nothing is finished after all was staged: about what an asynchronous take needs to return to its caller."""
 
 _run_numbers = itertools.count(1)
 
@@ -77,8 +78,7 @@ class Run:
         self._num_finishing = 0
         self._lent_nbytes = 0
         self._num_kept: Counter[int] = Counter()
-        self._may_go_on = mode is Mode.THROUGH
-        self._goes_on_at: float | None = None
+        self._finishes_at: float | None = None
         self._live_workers = 0
         self._stopping = False
         self._error: BaseException | None = None
@@ -95,8 +95,9 @@ class Run:
 
     @property
     def staged_buffers(self) -> Mapping[int, int]:
-        """How many staged jobs kept a buffer of each size class, in a ``STAGE_FIRST`` run."""
-        return self._num_kept
+        """How many staged jobs have kept a buffer of each size class so far, in a ``STAGE_FIRST`` run."""
+        with self._changed:
+            return dict(self._num_kept)
 
     def cancel(self) -> None:
         """Begin no further step. Returns at once; steps that run already come to their end."""
@@ -131,9 +132,6 @@ class Run:
         deadline = None if timeout is None else monotonic() + timeout
         try:
             with self._settled:
-                if not staged:
-                    self._may_go_on = True
-                    self._changed.notify_all()
                 while not (self._live_workers == 0 or (staged and self._all_staged())):
                     left = None if deadline is None else deadline - monotonic()
                     if left is not None and left <= 0:
@@ -223,6 +221,9 @@ class Run:
             # no more threads: those that run carry the rest
             self._max_workers = 0
             self._discount_workers(1)
+        except BaseException:
+            self._discount_workers(1)
+            raise
 
     def _discount_workers(self, count: int) -> None:
         with self._changed:
@@ -270,39 +271,43 @@ class Run:
 
     def _stage(self, job: Job) -> None:
         buffer: Buffer | None = None
-        keeps = False
-        found: Sequence[Job] = ()
+        outcome: bool | Sequence[Job] = False
+        keeps = goes_on = False
         try:
             try:
                 if job.nbytes:
                     buffer = self._acquire(job.nbytes)
-                more = job.stage(buffer)
-                if not isinstance(more, bool):
-                    found, more = more, False
+                outcome = job.stage(buffer)
             finally:
                 with self._changed:
                     self._num_staging -= 1
                     if not self._stopping:
-                        self._backlog.add(found)
+                        keeps, goes_on = self._take_in(job, buffer, outcome)
                     self._changed.notify_all()
                     self._tell_waiters()
-            if not more:
-                return
-            with self._changed:
-                keeps = not self._stopping
-                goes_on = keeps and self._mode is Mode.THROUGH and self._num_finishing < self._max_finishing
-                if goes_on:
-                    self._num_finishing += 1
-                elif keeps:
-                    if buffer is not None and self._mode is Mode.STAGE_FIRST:
-                        self._num_kept[buffer.nbytes] += 1
-                    self._staged.append((job, buffer))
-                    self._changed.notify_all()
             if goes_on:
                 self._finish(job, buffer)
+            elif not isinstance(outcome, bool) and outcome:
+                # what was found is work for more than one
+                self._start_another()
         finally:
             if not keeps:
                 self._free(buffer)
+
+    def _take_in(self, job: Job, buffer: Buffer | None, outcome: bool | Sequence[Job]) -> tuple[bool, bool]:
+        """With the lock held, what comes of a job after ``stage``: (it keeps its buffer, the worker finishes it)."""
+        if not isinstance(outcome, bool):
+            self._backlog.add(outcome)
+            return False, False
+        if not outcome:
+            return False, False
+        if self._mode is Mode.THROUGH and self._num_finishing < self._max_finishing:
+            self._num_finishing += 1
+            return True, True
+        if buffer is not None and self._mode is Mode.STAGE_FIRST:
+            self._num_kept[buffer.nbytes] += 1
+        self._staged.append((job, buffer))
+        return True, False
 
     def _acquire(self, nbytes: int) -> Buffer:
         try:
@@ -325,9 +330,11 @@ class Run:
                     return job, None, False
                 # that nothing is left may have been found out only now
                 self._tell_waiters()
-                if self._staged and not self._may_go_on and self._all_staged():
-                    self._hold_back()
-                    continue
+                if self._mode is Mode.STAGE_FIRST and self._staged and self._backlog.is_empty:
+                    left = self._head_start()
+                    if left > 0:
+                        self._changed.wait(left)
+                        continue
                 if self._may_finish():
                     return self._next_staged()
                 if self._backlog.is_empty and not self._num_staging and not self._staged:
@@ -343,14 +350,13 @@ class Run:
             return False
         return not self._lent_nbytes or self._lent_nbytes + size_class(job.nbytes) <= self._budget
 
-    def _hold_back(self) -> None:
-        """Wait until somebody waits for the run's end, but not for long."""
-        if self._goes_on_at is None:
-            self._goes_on_at = monotonic() + _HEAD_START_SECONDS
-        left = self._goes_on_at - monotonic()
-        self._may_go_on = left <= 0
-        if left > 0:
-            self._changed.wait(left)
+    def _head_start(self) -> float:
+        """For how many seconds nothing is finished yet: the last jobs are being staged, or have just been."""
+        if self._num_staging:
+            return _WAIT_SECONDS
+        if self._finishes_at is None:
+            self._finishes_at = monotonic() + _HEAD_START_SECONDS
+        return self._finishes_at - monotonic()
 
     def _may_finish(self) -> bool:
         return bool(self._staged) and self._num_finishing < self._max_finishing

@@ -218,8 +218,8 @@ class GroupTake:
         session, work, run = self._session, self._work, self._run
         if session is None or work is None or run is None:
             return self._decisions.opened
-        get_memory_ready(run)
         with _reported(session):
+            get_memory_ready(run)
             with self.stats.phase("write"):
                 _wait(session, run.wait)
             session.check()

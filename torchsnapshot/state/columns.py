@@ -117,6 +117,13 @@ class TensorColumns:
         ends = map(operator.add, offsets, self._reaches)
         return TensorMemory(storages, offsets) if all(map(operator.le, ends, sizes)) else None
 
+    def held(self, number: int, memory: TensorMemory) -> torch.Tensor:
+        """The tensor in a column as it was when its memory was read, whatever has become of the application's own."""
+        dtype, itemsize = self._dtypes[number], self._itemsizes[number]
+        offset = memory.offsets[number] // itemsize if itemsize else 0
+        empty = torch.empty(0, dtype=dtype, device="cpu")
+        return empty.set_(memory.storages[number], offset, self._shapes[number], self._strides[number])
+
     def _are_like(self, tensors: Sequence[torch.Tensor]) -> bool:
         return (
             all(map(_IS_CPU, tensors))

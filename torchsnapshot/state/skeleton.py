@@ -90,6 +90,11 @@ class Reading:
         wrapper, requires_grad = self.skeleton.wrappers[column]
         return TensorLeaf(self.tensors[column], wrapper, requires_grad)
 
+    def held_leaf(self, column: int) -> TensorLeaf:
+        """The same, of the tensor as it was when it was read: nobody can give that another memory."""
+        wrapper, requires_grad = self.skeleton.wrappers[column]
+        return TensorLeaf(self.skeleton.columns.held(column, self.memory), wrapper, requires_grad)
+
     @collector_paused()
     def nodes(self) -> dict[str, Node]:
         """All nodes by path, as ``flatten`` gives them."""
@@ -106,7 +111,8 @@ class Skeleton:
     """See the module. Any thread may use it.
 
     ``paths`` are those of all nodes, in their order; ``containers`` what stands there, None for leaves and for what is
-    flattened each time; ``numbers`` the places of the tensors in columns among them, ``wrappers`` what their nodes say.
+    flattened each time; ``numbers`` the places of the tensors in columns among them, ``wrappers`` what their nodes say,
+    ``columns`` what the tensors say.
 
     Args:
         states: what the objects' ``state_dict`` returned, by key.
@@ -124,7 +130,7 @@ class Skeleton:
         self._tops: list[_Frame | _Other] = []
         for key, state in states.items():
             self._tops.append(self._frame(escape(key), state) or self._other(0, escape(key)))
-        self._columns = TensorColumns([_tensor_at(nodes, self.paths[number]) for number in self.numbers])
+        self.columns = TensorColumns([_tensor_at(nodes, self.paths[number]) for number in self.numbers])
         # needed only to build it; tensors must not live as long as this
         self._nodes, self._number_of = {}, {}
 
@@ -151,7 +157,7 @@ class Skeleton:
                     return None
         except (NotPlain, UnsupportedValueError):
             return None
-        memory = self._columns.memory(found.tensors)
+        memory = self.columns.memory(found.tensors)
         if memory is None:
             return None
         for path, name in found.opaque:

@@ -69,7 +69,7 @@ class DurableNames:
 
         Args:
             paths: below the store's folder.
-            together: one call for the whole filesystem is as good as one for each of them.
+            together: on ROOT's filesystem one call for all of it is as good as one for each of them.
         """
         folders = sorted({os.path.dirname(path) for path in paths})
         if together and len(paths) >= _MANY_FILES and self._settle_together(folders):
@@ -84,10 +84,12 @@ class DurableNames:
         _for_each(lambda folder: self.settle(folder, self.unsettled(folder)), folders[1:])
 
     def _settle_together(self, folders: Sequence[str]) -> bool:
-        # what is seen before the call is durable after it, whoever made it: names up to ROOT's own, which, if it is on
-        # another filesystem, was not made by us
+        # what is seen before the call is durable after it, whoever made it
         settled = {path: self._identity(path) for folder in folders for path in (folder, *self.unsettled(folder))}
-        if not sync_filesystem(self._root):
+        # one filesystem's call says nothing of another's: the store may be a mount point, or a link to another disk
+        if len({os.stat(path).st_dev for path in (*settled, self._root)}) > 1:
+            return False
+        if not sync_filesystem(folders[0]):
             return False
         self._settled |= settled
         return True

@@ -20,12 +20,11 @@ import errno
 import itertools
 import os
 import stat
-import threading
 from collections.abc import Iterable, Iterator
-from functools import cached_property
 
 from torchsnapshot.errors import KeyExistsError, StoreError
 from torchsnapshot.store.backend import Backend, Buffer, Folder, FolderIdentity, ObjectInfo, check_key
+from torchsnapshot.store.blob_folders import make_blob_folders
 from torchsnapshot.store.durable_names import DurableNames, is_below
 from torchsnapshot.store.keys import (
     LEASES_FOLDER,
@@ -65,7 +64,7 @@ class LocalBackend(Backend):
         self._names = DurableNames(self.root, os.path.join(self.root, STORE_FOLDER), self._blobs_folder)
         self._writer = FileWriter()
         self._reader = FileReader()
-        self._making_folders = threading.Lock()
+        self._mount: Mount | None = None
 
     @property
     def device(self) -> str:
@@ -164,10 +163,12 @@ class LocalBackend(Backend):
             return False
         return self._is_on_local_disk()
 
-    @cached_property
+    @property
     def mount(self) -> Mount:
         """Where ROOT is mounted, or will be."""
-        return find_mount(self.root)
+        if self._mount is None:
+            self._mount = find_mount(self.root)
+        return self._mount
 
     def _is_on_local_disk(self) -> bool:
         return self.mount.coherence is Coherence.LOCAL
@@ -191,16 +192,9 @@ class LocalBackend(Backend):
             make_folder(path)
             if os.path.dirname(path) == self._blobs_folder and not alone:
                 # their names then cost one fsync of the parent, not one each
-                self._make_blob_folders()
+                make_blob_folders(self._blobs_folder)
             if self.durable and not is_below(path, self.root):
                 fsync_folder(os.path.dirname(path))
-
-    def _make_blob_folders(self) -> None:
-        # a new store's first puts come together: they would all make them, each waiting for the others
-        with self._making_folders:
-            folders = (os.path.join(self._blobs_folder, f"{number:02x}") for number in range(256))
-            for folder in itertools.filterfalse(os.path.isdir, folders):
-                make_folder(folder)
 
     # ---- reading
 

@@ -153,6 +153,8 @@ class FileReader:
             return 0
 
     def _would_wait(self, file: int, start: int, nbytes: int) -> bool:
+        if not nbytes:
+            return False
         if not self._can_ask:
             return True
         try:

@@ -17,7 +17,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from torchsnapshot.chunks.reader import digest_of
+from torchsnapshot.errors import UnsupportedValueError
 from torchsnapshot.store.envelope import ChunkRef
 from torchsnapshot.store.known import Known
 from torchsnapshot.taking.plan import Chunk, Leaf
@@ -29,18 +32,28 @@ class ExpectedLeaf:
     Args:
         leaves: the plan's.
         number: which of them.
+        storage: what the memory is part of; it is kept alive.
         renew: makes the leaf's successor, whose chunks can be staged; called at most once.
     """
 
-    __slots__ = ("_leaves", "_lock", "_number", "_renew", "_renewed", "_settled")
+    __slots__ = ("_extent", "_leaves", "_lock", "_number", "_renew", "_renewed", "_settled", "_storage")
 
-    def __init__(self, leaves: list[Leaf], number: int, renew: Callable[[], Leaf]) -> None:
+    def __init__(
+        self, leaves: list[Leaf], number: int, storage: torch.UntypedStorage, renew: Callable[[], Leaf]
+    ) -> None:
+        self._storage = storage
+        self._extent = storage.data_ptr(), storage.nbytes()
         self._leaves = leaves
         self._number = number
         self._settled = leaves[number]
         self._renew = renew
         self._renewed: Leaf | None = None
         self._lock = threading.Lock()
+
+    def check_memory(self) -> None:
+        """Raise ``UnsupportedValueError`` where the storage is not where it was, so that its memory may be gone."""
+        if (self._storage.data_ptr(), self._storage.nbytes()) != self._extent:
+            raise UnsupportedValueError([f"{self._settled.path}: its memory was freed while it was in use"])
 
     def renewed(self, index: int) -> Chunk:
         """A chunk that has not passed, of the leaf's successor: to be staged without another look."""
@@ -60,7 +73,7 @@ class ExpectedLeaf:
 class ExpectedChunk:
     """A chunk of a leaf: where its bytes lie, and where those that are expected are stored.
 
-    ``buffer`` and ``leaf`` keep the memory alive.
+    ``buffer`` is good for as long as ``leaf`` is held.
     """
 
     leaf: ExpectedLeaf
@@ -90,8 +103,13 @@ def differing(chunks: Sequence[Chunk | ExpectedChunk], known: Known) -> list[Chu
     """Look at all that are expected: those that are to be staged, and the plan's own, in their order.
 
     A chunk passes if it is what the last take stored, and that may be reused.
+
+    Raises:
+        UnsupportedValueError: the memory of a tensor was freed meanwhile.
     """
     expected = [chunk for chunk in chunks if isinstance(chunk, ExpectedChunk)]
+    for leaf in dict.fromkeys(map(_LEAF, expected)):
+        leaf.check_memory()
     digests = list(map(digest_of, map(_BUFFER, expected)))
     if digests == list(map(_DIGEST, expected)) and known.may_reuse(map(_REF, expected)):
         return [chunk for chunk in chunks if isinstance(chunk, Chunk)]
@@ -105,6 +123,7 @@ def differing(chunks: Sequence[Chunk | ExpectedChunk], known: Known) -> list[Chu
     return found
 
 
+_LEAF = operator.attrgetter("leaf")
 _BUFFER = operator.attrgetter("buffer")
 _REF = operator.attrgetter("ref")
 _DIGEST = operator.attrgetter("ref.digest")

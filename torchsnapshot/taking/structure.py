@@ -200,14 +200,15 @@ class Structure:
             if any(chunk.changed_last_time for chunk in last.chunks):
                 found.append(None)
                 continue
-            leaf = ExpectedLeaf(leaves, number, partial(self._renewed, reading, column, number, last))
+            renew = partial(self._renewed, reading, column, number, last)
+            leaf = ExpectedLeaf(leaves, number, reading.memory.storages[column], renew)
             refs = [chunk.ref for chunk in last.chunks if chunk.ref is not None]
             found.append(list(map(ExpectedChunk, repeat(leaf), count(), mine, refs)))
         return found
 
     def _renewed(self, reading: Reading, column: int, number: int, last: Leaf) -> Leaf:
         """What takes the place of a settled leaf that turns out to be another one now."""
-        leaf = self._fresh(number, reading.leaf(column), last)
+        leaf = self._fresh(number, reading.held_leaf(column), last)
         if leaf is None:
             raise AssertionError(f"{last.path} was cut otherwise by the very take that has left it")
         return leaf

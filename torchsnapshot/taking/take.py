@@ -193,7 +193,7 @@ class Take:
             blobs, encoding = PendingBlobs(repository), self._options.encoding
             writer = chunk_writer(repository, session.take_id, 0, encoding, in_background=in_background, blobs=blobs)
             jobs, sizes = take_jobs(plan, expected, known, writer), buffer_sizes(plan, expected)
-            # from here on only the jobs hold the application's memory, each until it has been staged
+            # tensors of which nothing has to be staged live no longer than the look at them
             del expected
         with stats.phase("stage" if in_background else "write"):
             concurrency = repository.backend.concurrency
