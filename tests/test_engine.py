@@ -231,6 +231,16 @@ def test_nothing_is_finished_before_all_is_staged(record: Record) -> None:
     assert [step[0] for step in record.steps] == ["s"] * 8 + ["f"] * 8
 
 
+def test_who_could_not_stage_leaves_the_cores_to_those_who_do(record: Record) -> None:
+    """With more workers than may stage, none of them finishes anything while there is something to stage."""
+    found: list[Job] = [Numbered(record, number, in_stage=lambda: time.sleep(0.005)) for number in range(1, 9)]
+    jobs: list[Job] = [Finding(record, 0, found)]
+    beside: list[Job] = [Finding(record, 10 + number, []) for number in range(4)]
+    run = submit(jobs, beside=beside, num_workers=6, num_staging=2, mode=Mode.STAGE_FIRST, pool=record.pool)
+    assert run.wait()
+    assert "".join(step[0] for step in record.steps) == "s" * 13 + "f" * 8
+
+
 def test_what_was_found_is_carried_by_several(record: Record) -> None:
     """Jobs that the only job of a run finds are carried side by side."""
     together = threading.Barrier(2)

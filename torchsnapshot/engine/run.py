@@ -287,7 +287,7 @@ class Run:
                     self._tell_waiters()
             if goes_on:
                 self._finish(job, buffer)
-            elif not isinstance(outcome, bool) and outcome:
+            elif not isinstance(outcome, bool) and outcome and self._num_started < self._max_staging:
                 # what was found is work for more than one
                 self._start_another()
         finally:
@@ -323,7 +323,8 @@ class Run:
             while not self._stopping:
                 if self._mode is Mode.THROUGH and self._may_finish():
                     return self._next_staged()
-                job = self._backlog.take(self._may_stage) if self._num_staging < self._max_staging else None
+                has_room = self._num_staging < self._max_staging
+                job = self._backlog.take(self._may_stage) if has_room else None
                 if job is not None:
                     self._num_staging += 1
                     self._lent_nbytes += size_class(job.nbytes) if job.nbytes else 0
@@ -335,7 +336,8 @@ class Run:
                     if left > 0:
                         self._changed.wait(left)
                         continue
-                if self._may_finish():
+                # who stages needs the cores, unless what comes next has to wait for memory
+                if self._may_finish() and (has_room or self._mode is Mode.THROUGH):
                     return self._next_staged()
                 if self._backlog.is_empty and not self._num_staging and not self._staged:
                     return None
