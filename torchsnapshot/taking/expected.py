@@ -69,7 +69,8 @@ class ExpectedLeaf:
         return chunk
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+# not frozen: that would take as long as all else that is done for a chunk that has not changed
+@dataclass(slots=True, eq=False)
 class ExpectedChunk:
     """A chunk of a leaf: where its bytes lie, and where those that are expected are stored.
 

@@ -22,7 +22,7 @@ from torchsnapshot.store.known import Known
 from torchsnapshot.taking.expected import Expected, ExpectedChunk, differing
 from torchsnapshot.taking.plan import Chunk, TakePlan
 
-LOOK_NBYTES = 32 << 20
+LOOK_NBYTES = 16 << 20
 """How much one look compares: little enough that cores which share a state come to its end together."""
 
 
