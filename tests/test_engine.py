@@ -241,6 +241,21 @@ def test_who_could_not_stage_leaves_the_cores_to_those_who_do(record: Record) ->
     assert "".join(step[0] for step in record.steps) == "s" * 13 + "f" * 8
 
 
+def test_who_could_not_stage_frees_memory_for_those_who_wait_for_it(record: Record) -> None:
+    """Where what comes next has to wait for memory, others finish, however long something is being staged."""
+    freed, waited = threading.Event(), list[bool]()
+    jobs: list[Job] = [
+        Numbered(record, 0),
+        Numbered(record, 1, in_finish=freed.set),
+        Numbered(record, 2, in_stage=lambda: waited.append(freed.wait(60))),
+        Numbered(record, 3),
+    ]
+    run = submit(jobs, num_workers=3, num_staging=1, budget=2 * PAGE, mode=Mode.STAGE_FIRST, pool=record.pool)
+    assert run.wait()
+    assert waited == [True]
+    assert sorted(record.finished) == [0, 1, 2, 3]
+
+
 def test_what_was_found_is_carried_by_several(record: Record) -> None:
     """Jobs that the only job of a run finds are carried side by side."""
     together = threading.Barrier(2)

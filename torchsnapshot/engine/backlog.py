@@ -47,13 +47,21 @@ class Backlog:
         Args:
             may: whether there is memory for a job; the next one waits for it, and lets pass only those beside.
         """
+        job = self._next()
+        if job is not None and may(job):
+            self._head = None
+            return job
+        return self._beside.popleft() if self._beside else None
+
+    def has_one(self, may: Callable[[Job], bool]) -> bool:
+        """Whether ``take`` would give a job."""
+        job = self._next()
+        return bool(self._beside) or (job is not None and may(job))
+
+    def _next(self) -> Job | None:
         if self._head is None and self._found:
             self._head = self._found.popleft()
         if self._head is None and not self._exhausted:
             self._head = next(self._jobs, None)
             self._exhausted = self._head is None
-        job = self._head
-        if job is not None and may(job):
-            self._head = None
-            return job
-        return self._beside.popleft() if self._beside else None
+        return self._head

@@ -323,8 +323,7 @@ class Run:
             while not self._stopping:
                 if self._mode is Mode.THROUGH and self._may_finish():
                     return self._next_staged()
-                has_room = self._num_staging < self._max_staging
-                job = self._backlog.take(self._may_stage) if has_room else None
+                job = self._backlog.take(self._may_stage) if self._num_staging < self._max_staging else None
                 if job is not None:
                     self._num_staging += 1
                     self._lent_nbytes += size_class(job.nbytes) if job.nbytes else 0
@@ -336,8 +335,7 @@ class Run:
                     if left > 0:
                         self._changed.wait(left)
                         continue
-                # who stages needs the cores, unless what comes next has to wait for memory
-                if self._may_finish() and (has_room or self._mode is Mode.THROUGH):
+                if self._may_finish() and not self._is_for_staging():
                     return self._next_staged()
                 if self._backlog.is_empty and not self._num_staging and not self._staged:
                     return None
@@ -351,6 +349,12 @@ class Run:
         if self._mode is Mode.THROUGH and len(self._staged) >= self._max_staging:
             return False
         return not self._lent_nbytes or self._lent_nbytes + size_class(job.nbytes) <= self._budget
+
+    def _is_for_staging(self) -> bool:
+        """Whether the cores are left to those who stage: as many do as may, and there is memory for what comes next."""
+        if self._mode is Mode.THROUGH or self._num_staging < self._max_staging:
+            return False
+        return self._backlog.has_one(self._may_stage)
 
     def _head_start(self) -> float:
         """For how many seconds nothing is finished yet: the last jobs are being staged, or have just been."""
