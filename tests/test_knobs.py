@@ -51,7 +51,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[s
     """A machine whose ``/proc`` and ``/sys`` hold the given files, with 8 cores."""
     monkeypatch.setattr(knobs, "_SYSTEM_ROOT", tmp_path)
     knobs._granted_cores.cache_clear()
-    knobs._found_control_groups.cache_clear()
+    knobs._find_control_groups.cache_clear()
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
 
     def write(files: dict[str, str]) -> None:

@@ -94,6 +94,14 @@ def blob(content: bytes = b"content") -> tuple[str, str, bytes]:
     return take_id, keys.blob_object(str(keys.BlobKey(os.urandom(16), take_id, 0))), content
 
 
+def put_many_later(backend: LocalBackend) -> list[str]:
+    """Put so many blobs that it is worth making them durable together; their keys."""
+    keys = [blob()[1] for _ in range(20)]
+    for key in keys:
+        backend.put_later(key, page_aligned(NBYTES), aligned=True)
+    return keys
+
+
 class TestOrder:
     def test_a_missing_folder_is_made_before_anything_is_written(
         self, backend: LocalBackend, calls: list[Call]
@@ -162,9 +170,7 @@ class TestOrder:
 
         monkeypatch.setattr(durable_names, "sync_filesystem", sync_filesystem)
         monkeypatch.setattr(backend, "_mount", Mount(Coherence.LOCAL, "ext4"))
-        keys = [blob()[1] for _ in range(20)]
-        for key in keys:
-            backend.put_later(key, page_aligned(NBYTES), aligned=True)
+        keys = put_many_later(backend)
         calls.clear()
         backend.sync(keys)
         assert len(synced) == 1
@@ -183,9 +189,7 @@ class TestOrder:
         """A filesystem of which it is not known what that one call reports is not asked to."""
         monkeypatch.setattr(durable_names, "sync_filesystem", lambda path: pytest.fail("it was"))
         monkeypatch.setattr(backend, "_mount", Mount(Coherence.LOCAL, "xfs"))
-        keys = [blob()[1] for _ in range(20)]
-        for key in keys:
-            backend.put_later(key, page_aligned(NBYTES), aligned=True)
+        keys = put_many_later(backend)
         calls.clear()
         backend.sync(keys)
         assert {os.path.join(backend.root, key) for key in keys} <= {call[1] for call in calls if call[0] == "fsync"}
@@ -203,9 +207,7 @@ class TestOrder:
         folder = tempfile.mkdtemp(dir=elsewhere)
         try:
             os.symlink(folder, os.path.join(backend.root, ".torchsnapshot"))
-            keys = [blob()[1] for _ in range(20)]
-            for key in keys:
-                backend.put_later(key, page_aligned(NBYTES), aligned=True)
+            keys = put_many_later(backend)
             calls.clear()
             backend.sync(keys)
         finally:

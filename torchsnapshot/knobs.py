@@ -30,7 +30,7 @@ Copies of bases take at most a rank's share of an eighth of the memory that is f
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -342,20 +342,17 @@ def _machine_free_nbytes() -> int:
 
 def _control_groups(controller: str) -> tuple[tuple[int, Path], ...]:
     """(version, folder) of each control group that limits this process: its own and all above it."""
-    return _found_control_groups(_SYSTEM_ROOT, controller, int(monotonic() // _GRANT_SECONDS))
+    return _find_control_groups(_SYSTEM_ROOT, controller, int(monotonic() // _GRANT_SECONDS))
 
 
 @lru_cache(maxsize=2)
-def _found_control_groups(system_root: Path, controller: str, _: int) -> tuple[tuple[int, Path], ...]:
-    return tuple(_find_control_groups(system_root, controller))
-
-
-def _find_control_groups(system_root: Path, controller: str) -> Iterator[tuple[int, Path]]:
+def _find_control_groups(system_root: Path, controller: str, _window: int) -> tuple[tuple[int, Path], ...]:
     """Look for them.
 
     A container without a cgroup namespace sees a path here that doesn't exist below its mount; its limits then stand at
     the mount's root, which ends every walk.
     """
+    found: list[tuple[int, Path]] = []
     mount = system_root / "sys" / "fs" / "cgroup"
     for line in _read(system_root / "proc" / "self" / "cgroup").splitlines():
         controllers, _, path = line.partition(":")[2].partition(":")
@@ -366,17 +363,18 @@ def _find_control_groups(system_root: Path, controller: str) -> Iterator[tuple[i
         else:
             continue
         folder = top / path.strip("/")
-        yield version, folder
+        found.append((version, folder))
         while folder != top:
             folder = folder.parent
-            yield version, folder
+            found.append((version, folder))
+    return tuple(found)
 
 
 def _read(path: Path) -> str:
     """The text of a small system file, empty where it can't be read."""
     pieces: list[bytes] = []
     try:
-        # every take asks: this takes a third of the time of read_text()
+        # every take asks, and read_text() takes longer
         file = os.open(path, os.O_RDONLY)
         try:
             while piece := os.read(file, 1 << 16):

@@ -1,6 +1,6 @@
 """What the pipeline carries, and in which order.
 
-What doesn't live here: the jobs themselves (``taking``, ``reading``, ``ranks``), who carries them (``pipeline``).
+What doesn't live here: the jobs themselves (``taking``, ``reading``, ``ranks``), who carries them (``run``).
 """
 
 from __future__ import annotations

@@ -104,8 +104,9 @@ def wait_staged(run: Run, timeout: float | None = None) -> bool:
 def get_memory_ready(run: Run, *, pool: BufferPool | None = None) -> None:
     """Begin to touch what memory a background take has lacked, for the next one like it, once everything is staged."""
     pool = pool or shared_pool()
-    if run.staged_buffers:
-        warming().start(pool, buffers_to_have(run.staged_buffers, _allowed(run.staged_buffers, pool)))
+    used = run.staged_buffers
+    if used:
+        warming().start(pool, buffers_to_have(used, _allowed(used, pool)))
 
 
 def warm_up(run: Run, *, pool: BufferPool | None = None) -> None:

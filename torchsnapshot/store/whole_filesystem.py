@@ -4,7 +4,7 @@ What lives here: ``syncfs``, and when it may take the place of many fsyncs. What
 (``durable_names``).
 
 An fsync of each file makes the drive empty its cache each time (measured: 25 ms for the 370 files and 200 folders of a
-take of 1 GB, against 3 ms for all of them together). But ``syncfs`` also writes what others have left in the page
+take of 1 GB, against 7 ms for all of them together). But ``syncfs`` also writes what others have left in the page
 cache, so it is called only where that is little.
 
 Invariants: it takes the place of fsyncs only where it reports what they would: on ext4, and on kernels that pass on

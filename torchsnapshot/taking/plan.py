@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from torchsnapshot.format.entries import (
     ContainerEntry,
@@ -295,12 +295,24 @@ def row_length(sizes: Sequence[int]) -> int:
     return length
 
 
-def grouped(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
-    """Small chunks in groups of at most ``GROUP_NBYTES``, in their order."""
-    group: list[Chunk] = []
+class Sized(Protocol):
+    """What has a size."""
+
+    @property
+    def nbytes(self) -> int:
+        """Raw size in bytes."""
+
+
+_Sized = TypeVar("_Sized", bound=Sized)
+
+
+def grouped(chunks: Iterable[_Sized], max_nbytes: int | None = None) -> Iterator[list[_Sized]]:
+    """Chunks in groups of at most so many bytes (``GROUP_NBYTES``), or of one that is larger; in their order."""
+    max_nbytes = max_nbytes or GROUP_NBYTES
+    group: list[_Sized] = []
     nbytes = 0
     for chunk in chunks:
-        if group and nbytes + chunk.nbytes > GROUP_NBYTES:
+        if group and nbytes + chunk.nbytes > max_nbytes:
             yield group
             group, nbytes = [], 0
         group.append(chunk)

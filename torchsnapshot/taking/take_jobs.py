@@ -11,7 +11,7 @@ are copied and the copy is hashed. So a tensor that another thread changes meanw
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 from torchsnapshot.chunks.reader import digest_of
 from torchsnapshot.chunks.writer import ChunkWriter
@@ -20,7 +20,7 @@ from torchsnapshot.engine.pipeline import Job
 from torchsnapshot.store.envelope import ChunkRef
 from torchsnapshot.store.known import Known
 from torchsnapshot.taking.expected import Expected, ExpectedChunk, differing
-from torchsnapshot.taking.plan import Chunk, TakePlan
+from torchsnapshot.taking.plan import Chunk, TakePlan, grouped
 
 LOOK_NBYTES = 16 << 20
 """How much one look compares: little enough that cores which share a state come to its end together."""
@@ -111,37 +111,29 @@ class GroupJob:
 
 
 class LookJob:
-    """Compares large chunks with the last take where they lie; those that differ become jobs of their own."""
+    """Compares chunks with the last take where they lie; those that differ become jobs of their own.
+
+    Args:
+        chunks: to be looked at; those among them that the plan has made anew count as differing.
+        known: what the take may reuse.
+        jobs_of: the jobs for those that differ.
+    """
 
     nbytes = 0
 
-    def __init__(self, chunks: Sequence[ExpectedChunk], known: Known, writer: ChunkWriter) -> None:
+    def __init__(
+        self,
+        chunks: Sequence[Chunk | ExpectedChunk],
+        known: Known,
+        jobs_of: Callable[[Sequence[Chunk]], Sequence[Job]],
+    ) -> None:
         self._chunks = chunks
         self._known = known
-        self._writer = writer
+        self._jobs_of = jobs_of
 
     def stage(self, buffer: Buffer | None) -> Sequence[Job]:
         """Look at all of them."""
-        return [ChunkJob(chunk, self._known, self._writer) for chunk in differing(self._chunks, self._known)]
-
-    def finish(self, buffer: Buffer | None) -> None:
-        """Nothing is left."""
-
-
-class GroupLookJob:
-    """The same for the small chunks of one group: those that differ are packed together."""
-
-    nbytes = 0
-
-    def __init__(self, group: Sequence[Chunk | ExpectedChunk], known: Known, writer: ChunkWriter) -> None:
-        self._group = group
-        self._known = known
-        self._writer = writer
-
-    def stage(self, buffer: Buffer | None) -> Sequence[Job]:
-        """Look at all of them."""
-        group = differing(self._group, self._known)
-        return [GroupJob(group, self._known, self._writer)] if group else []
+        return self._jobs_of(differing(self._chunks, self._known))
 
     def finish(self, buffer: Buffer | None) -> None:
         """Nothing is left."""
@@ -149,12 +141,18 @@ class GroupLookJob:
 
 def take_jobs(plan: TakePlan, expected: Expected, known: Known, writer: ChunkWriter) -> list[Job]:
     """The jobs of a take, in the order in which they should be staged."""
-    jobs: list[Job] = [GroupJob(group, known, writer) for group in plan.groups]
-    jobs += [GroupLookJob(group, known, writer) for group in expected.groups]
+
+    def one_by_one(chunks: Sequence[Chunk]) -> list[Job]:
+        return [ChunkJob(chunk, known, writer) for chunk in chunks]
+
+    def together(group: Sequence[Chunk]) -> list[Job]:
+        return [GroupJob(group, known, writer)] if group else []
+
+    jobs = [job for group in plan.groups for job in together(group)]
+    jobs += [LookJob(group, known, together) for group in expected.groups]
     # what changed last time has to be written, most likely: the sooner that begins, the more work it overlaps with
-    large = sorted(plan.large, key=lambda chunk: not chunk.changed_last_time)
-    jobs += [ChunkJob(chunk, known, writer) for chunk in large]
-    jobs += [LookJob(chunks, known, writer) for chunks in _runs(expected.large)]
+    jobs += one_by_one(sorted(plan.large, key=lambda chunk: not chunk.changed_last_time))
+    jobs += [LookJob(chunks, known, one_by_one) for chunks in grouped(expected.large, LOOK_NBYTES)]
     return jobs
 
 
@@ -163,17 +161,3 @@ def buffer_sizes(plan: TakePlan, expected: Expected) -> list[int]:
     large: list[Chunk | ExpectedChunk] = [*plan.large, *expected.large]
     groups: list[Sequence[Chunk | ExpectedChunk]] = [*plan.groups, *expected.groups]
     return [chunk.nbytes for chunk in large] + [sum(chunk.nbytes for chunk in group) for group in groups]
-
-
-def _runs(chunks: Iterable[ExpectedChunk]) -> Iterator[list[ExpectedChunk]]:
-    """Chunks in runs of about ``LOOK_NBYTES``, in their order."""
-    run: list[ExpectedChunk] = []
-    nbytes = 0
-    for chunk in chunks:
-        run.append(chunk)
-        nbytes += chunk.nbytes
-        if nbytes >= LOOK_NBYTES:
-            yield run
-            run, nbytes = [], 0
-    if run:
-        yield run
