@@ -7,6 +7,7 @@ from dataclasses import replace
 from math import prod
 from typing import Any
 
+import msgpack
 import pytest
 import read_format
 from hypothesis import given, settings
@@ -214,6 +215,66 @@ def test_any_tree_comes_back(tree: dict[str, Entry]) -> None:
     assert [path for path in unpacked if path[0] == "0"] == [path for path in tree if path[0] == "0"]
     assert all(is_entry_path(path) for path in unpacked)
     assert pack_entries(unpacked) == pack_entries(tree)
+
+
+def read_by_field(record: bytes) -> Entry | str:
+    """What comes of one record without the short cut for usual tensors; the kind of error where it is refused."""
+    stream = bounded.pack("a") + record
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(entry_bytes, "usual_tensor", lambda record: None)
+        try:
+            return entry_bytes.unpack_records(stream, 1, [], "test")["a"]["a"]
+        except FormatError as error:
+            return type(error).__name__
+
+
+@given(tensors())
+@settings(deadline=None)
+def test_usual_tensors_are_read_alike(tensor: TensorEntry) -> None:
+    """The short cut for usual tensors gives what reading field by field gives, and takes those in one box or inline."""
+    record = entry_bytes.pack_record(tensor, lambda entry: 0)
+    found = entry_bytes.usual_tensor(record)
+    assert read_by_field(record) == tensor
+    assert found in (None, tensor)
+    assert found is not None or sum(len(shard.boxes) for shard in tensor.shards) > 1 or not tensor.nbytes
+
+
+ODD_FIELDS: list[Any] = [
+    True,
+    1.0,
+    None,
+    "x",
+    b"x",
+    -1,
+    0,
+    1 << 32,
+    (1 << 64) - 1,
+    [],
+    [1],
+    [True],
+    [[1]],
+    [-1],
+    [1 << 48],
+]
+
+
+@given(tensors(), st.lists(st.integers(0, 9), min_size=1, max_size=3), st.sampled_from(ODD_FIELDS))
+@settings(deadline=None, max_examples=300)
+def test_what_breaks_a_rule_is_left_to_the_careful_reader(tensor: TensorEntry, place: list[int], odd: Any) -> None:
+    """A record with any field replaced is refused by the short cut, or both ways of reading give the same entry."""
+    fields = msgpack.unpackb(entry_bytes.pack_record(tensor, lambda entry: 0), raw=False)
+    inside = fields
+    for index in place[:-1]:
+        deeper = inside[index % len(inside)]
+        if not isinstance(deeper, list) or not deeper:
+            break
+        inside = deeper
+    inside[place[-1] % len(inside)] = odd
+    record = bounded.pack(fields)
+    found = entry_bytes.usual_tensor(record)
+    assert found is None or found == read_by_field(record)
+    if found is not None:
+        assert set(map(type, (*found.shape, *found.cell, found.nbytes))) == {int}
 
 
 def test_children_may_come_in_any_order() -> None:

@@ -16,6 +16,8 @@ section's own size does not justify: neither a list nor a path.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 from torchsnapshot.errors import NewerFormatError
@@ -47,6 +49,7 @@ MAX_WIDE_KEY_NBYTES = 512
 
 _CONTAINER, _VALUE, _TENSOR, _OPAQUE, _SHARDED = range(5)
 _NUM_FIELDS = {_CONTAINER: 5, _VALUE: 4, _TENSOR: 10, _OPAQUE: 5, _SHARDED: 2}
+_TENSOR_HEAD = bytes([0x90 | _NUM_FIELDS[_TENSOR], _TENSOR])
 _PATHS_FREE_NCHARS = 1 << 20
 _PATHS_RATIO = 64
 # a structured type of numpy is described by JSON
@@ -190,6 +193,12 @@ class _Unpacking:
 
 
 def _unpack_entry(reader: bounded.FieldReader, path: str, sharded: Sequence[ShardedTensorEntry]) -> Entry:
+    if reader.starts_with(_TENSOR_HEAD):
+        record = reader.item()
+        entry = usual_tensor(record)
+        if entry is not None:
+            return entry
+        reader = reader.part(record)
     num_fields = reader.array("entry")
     kind = reader.integer("kind", 1 << 32) if num_fields else -1
     if kind not in _NUM_FIELDS:
@@ -310,3 +319,72 @@ def _check_shards(reader: bounded.FieldReader, path: str, entry: TensorEntry) ->
         num_rows = sum(grid.num_pieces(box, entry.cell) for box in shard.boxes)
         if num_rows != shard.span.count:
             reader.fail(f"{path!r:.200}: the grid cuts {num_rows} chunks, the span has {shard.span.count}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Geometry:
+    """What tensors of one form have in common: they share it."""
+
+    shape: tuple[int, ...]
+    permutation: tuple[int, ...] | None
+    cell: tuple[int, ...]
+    boxes: tuple[Box, ...]
+    num_rows: int
+
+
+@lru_cache(maxsize=1024)
+def _usual_geometry(
+    shape: tuple[int, ...], permutation: tuple[int, ...], cell: tuple[int, ...], box: tuple[int, ...]
+) -> _Geometry | None:
+    """The geometry of a tensor in one box, or in none; None where these ints make none."""
+    num_dims = max(1, len(shape))
+    if len(shape) > MAX_DIMS or len(cell) != num_dims or len(box) not in (0, 2 * num_dims):
+        return None
+    numbers = (*cell, *shape, *box)
+    if min(numbers) < 0 or max(numbers) >= MAX_DIM or 0 in cell or prod(shape) >= MAX_NUMEL:
+        return None
+    if permutation and sorted(permutation) != list(range(len(shape))):
+        return None
+    offsets, sizes = box[:num_dims], box[num_dims:]
+    memory_shape = tuple([shape[dim] for dim in permutation] or shape or (1,))
+    if any(offset + size > dim for offset, size, dim in zip(offsets, sizes, memory_shape, strict=False)):
+        return None
+    boxes = (Box(offsets, sizes),) if box else ()
+    num_rows = sum(grid.num_pieces(each, cell) for each in boxes)
+    return _Geometry(shape, permutation or None, cell, boxes, num_rows)
+
+
+def usual_tensor(record: bytes) -> TensorEntry | None:
+    """A tensor of the usual form: small, in one piece or inline. None where the record is anything else, or wrong.
+
+    That costs half of reading it field by field, which also says what is wrong.
+    """
+    if record[:2] != _TENSOR_HEAD or len(record) > bounded.SMALL_NBYTES:
+        return None
+    try:
+        fields = bounded.unpack_small(record)
+        _, dtype, shape, permutation, cell, shards, inline, wrapper, requires_grad, nbytes = fields
+        (table, first, count, box), *others = shards or [(0, 0, 0, [])]
+        if set(map(type, (shape, permutation, cell, shards, box))) != {list} or others or bool(box) != bool(shards):
+            return None
+        if set(map(type, (wrapper, nbytes, table, first, count, *shape, *permutation, *cell, *box))) != {int}:
+            return None
+        geometry = _usual_geometry(tuple(shape), tuple(permutation), tuple(cell), tuple(box))
+    except (ValueError, TypeError):
+        return None
+    if type(dtype) is not str or type(requires_grad) is not bool or not 0 <= wrapper < len(WRAPPERS):
+        return None
+    if geometry is None or geometry.num_rows != count or not 0 <= nbytes < MAX_NUMEL:
+        return None
+    if min(table, first) < 0 or max(table, first) >= 1 << 32:
+        return None
+    if inline is None:
+        if bool(nbytes) != bool(shards):
+            return None
+    elif type(inline) is not bytes or shards or len(inline) != nbytes:
+        return None
+    span = (ShardEntry(geometry.boxes, Span(table, first, count)),) if shards else ()
+    return TensorEntry(
+        dtype, geometry.shape, geometry.permutation, geometry.cell, span, inline, WRAPPERS[wrapper], requires_grad,
+        nbytes,
+    )  # fmt: skip

@@ -34,6 +34,9 @@ what compresses better than that as it is."""
 
 MAX_PLAIN_DEPTH = 16
 
+SMALL_NBYTES = 1 << 10
+"""Up to this size msgpack may unpack at its own discretion: what it allocates is bounded, and soon free again."""
+
 _LEVEL = 3
 _SMALLEST_COMPRESSED_NBYTES = 512
 _MAX_WINDOW_NBYTES = 8 << 20
@@ -109,6 +112,13 @@ def reading(what: str) -> Iterator[None]:
         raise FormatError(f"{what}: broken msgpack ({type(error).__name__}: {error})") from error
 
 
+def unpack_small(data: bytes) -> Plain:
+    """Unpack at most ``SMALL_NBYTES`` bytes without maps. To be used inside ``reading(what)``."""
+    if len(data) > SMALL_NBYTES:
+        raise ValueError(f"{len(data)} bytes are not unpacked unseen")
+    return msgpack.unpackb(data, raw=False, unicode_errors="surrogatepass", max_map_len=0, max_ext_len=0)
+
+
 def check_lengths(data: bytes | memoryview, what: str) -> None:
     """Refuse msgpack whose headers claim more elements than there are bytes.
 
@@ -138,13 +148,15 @@ class FieldReader:
     Args:
         data: all of the msgpack bytes.
         what: where they are, for messages.
+        start: where they begin there, for messages.
     """
 
-    __slots__ = ("_data", "_unpacker", "what")
+    __slots__ = ("_data", "_start", "_unpacker", "what")
 
-    def __init__(self, data: bytes, what: str) -> None:
+    def __init__(self, data: bytes, what: str, start: int = 0) -> None:
         self.what = what
         self._data = data
+        self._start = start
         self._unpacker: Any = msgpack.Unpacker(
             raw=False,
             unicode_errors="surrogatepass",
@@ -162,12 +174,26 @@ class FieldReader:
 
     def fail(self, problem: str) -> NoReturn:
         """Raise ``FormatError`` that names the place."""
-        raise FormatError(f"{self.what}: {problem} (at byte {self._unpacker.tell()})")
+        raise FormatError(f"{self.what}: {problem} (at byte {self._start + self._unpacker.tell()})")
 
     def finish(self) -> None:
         """Refuse bytes behind the last field."""
         if self.left:
             self.fail(f"{self.left} bytes too many")
+
+    def starts_with(self, head: bytes) -> bool:
+        """Whether the next bytes are these."""
+        return self._data.startswith(head, self._unpacker.tell())
+
+    def item(self) -> bytes:
+        """The bytes of the next field, whatever it is, with all that is in it."""
+        start = self._unpacker.tell()
+        self._unpacker.skip()
+        return self._data[start : self._unpacker.tell()]
+
+    def part(self, item: bytes) -> FieldReader:
+        """What reads the field that ``item`` has just given."""
+        return FieldReader(item, self.what, self._start + self._unpacker.tell() - len(item))
 
     def array(self, name: str, limit: int | None = None) -> int:
         """Open an array; its elements are read one by one. Returns their number."""
