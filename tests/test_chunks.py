@@ -382,13 +382,11 @@ class TestPacks:
         assert store.num_reads == 1
         for ref, raw in zip(refs, raws, strict=True):
             out = memoryview(bytearray(ref.nbytes))
-            reader.decode_into(ref, stored[ref.offset : ref.offset + ref.stored_nbytes], out)
-            assert out == raw
+            assert reader.decode(ref, stored[ref.offset : ref.offset + ref.stored_nbytes], out) == raw
         assert store.num_reads == 1
         stored[refs[2].offset + 100] ^= 1
         out = memoryview(bytearray(refs[2].nbytes))
-        reader.decode_into(refs[2], stored[refs[2].offset : refs[2].offset + refs[2].stored_nbytes], out)
-        assert out == raws[2]
+        assert reader.decode(refs[2], stored[refs[2].offset : refs[2].offset + refs[2].stored_nbytes], out) == raws[2]
         assert store.num_reads == 2
         buffer.release()
 
@@ -530,7 +528,7 @@ class TestDeltas:
         """``decode_into`` finds the base of a delta by itself."""
         raws, ref = self.chain(store, 1)
         out = memoryview(bytearray(ref.nbytes))
-        ChunkReader(store).decode_into(ref, memoryview(bytearray(store.blobs[ref.key])), out)
+        ChunkReader(store).decode(ref, memoryview(bytearray(store.blobs[ref.key])), out)
         assert out == raws[-1]
 
     def test_damaged_base_is_named(self, store: FakeStore) -> None:

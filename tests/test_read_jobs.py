@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 
 from torchsnapshot.chunks.reader import ChunkReader, digest_of
-from torchsnapshot.engine.buffers import BufferPool
+from torchsnapshot.engine.buffers import Buffer, BufferPool
+from torchsnapshot.engine.job import Job
 from torchsnapshot.errors import CorruptionError
 from torchsnapshot.geometry.grid import Box, Piece
 from torchsnapshot.reading.read_jobs import Counters, Looking, Share, Sink, Wanted, read_jobs
@@ -15,6 +17,7 @@ from torchsnapshot.stats import Stats
 from torchsnapshot.store.envelope import ChunkRef
 
 NBYTES = 4096
+POOL = BufferPool()
 
 
 class Bytes:
@@ -82,9 +85,23 @@ def wanted_by(memory: Bytes, *, looks: bool = True) -> Wanted:
     return [(Sink("path", memory, looks=looks), Share.whole(Piece(Box((0,), (NBYTES,)), 0, NBYTES)))]
 
 
+def all_jobs(jobs: Sequence[Job]) -> Iterator[tuple[Job, Buffer | None, bool]]:
+    """Stage these jobs and all that they bring: those that read, each with its buffer and whether it is to finish."""
+    for job in jobs:
+        buffer = POOL.acquire(job.nbytes) if job.nbytes else None
+        outcome = job.stage(buffer)
+        if isinstance(outcome, bool):
+            yield job, buffer, outcome
+        else:
+            yield from all_jobs(outcome)
+
+
+@pytest.mark.parametrize("looks", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
-def test_what_is_at_hand_is_not_waited_for(packed: bool) -> None:
-    """Staging brings what the store has at hand, and only the rest is left to finish."""
+def test_what_is_at_hand_is_not_waited_for(packed: bool, looks: bool) -> None:
+    """Staging brings what the store has at hand, and only the rest is left to finish; whether targets are looked at or
+    not.
+    """
     targets = [Bytes(bytes(NBYTES)) for _ in range(8)]
     if packed:
         refs = [ref_to(number, pack="near" if number < 4 else "far") for number in range(8)]
@@ -94,13 +111,10 @@ def test_what_is_at_hand_is_not_waited_for(packed: bool) -> None:
         refs = [ref_to(number) for number in range(8)]
         blobs = {f"blob-{number}": content(number) for number in range(8)}
         near = {f"blob-{number}" for number in range(4)}
-    store, stats, pool = Store(blobs, near), Stats(), BufferPool()
-    wanted = [(ref, wanted_by(target)) for ref, target in zip(refs, targets, strict=True)]
-    left = []
-    for job in read_jobs(wanted, ChunkReader(store, pool=pool), Counters(stats)):
-        buffer = pool.acquire(job.nbytes)
-        if job.stage(buffer):
-            left.append((job, buffer))
+    store, stats = Store(blobs, near), Stats()
+    wanted = [(ref, wanted_by(target, looks=looks)) for ref, target in zip(refs, targets, strict=True)]
+    jobs = read_jobs(wanted, ChunkReader(store, pool=POOL), Counters(stats))
+    left = [(job, buffer) for job, buffer, is_left in all_jobs(jobs) if is_left]
     assert [bytes(target.data) for target in targets[:4]] == [content(number) for number in range(4)]
     assert [bytes(target.data) for target in targets[4:]] == [bytes(NBYTES)] * 4
     assert store.waits == []
@@ -108,16 +122,43 @@ def test_what_is_at_hand_is_not_waited_for(packed: bool) -> None:
         job.finish(buffer)
     assert [bytes(target.data) for target in targets] == [content(number) for number in range(8)]
     assert set(store.waits) == blobs.keys() - near
-    assert (stats.num_new_chunks, stats.new_nbytes) == (8, 8 * NBYTES)
+    assert (stats.num_new_chunks, stats.new_nbytes, stats.reused_nbytes) == (8, 8 * NBYTES, 0)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_targets_hold_is_not_read(packed: bool) -> None:
+    """A look brings jobs for what is missing only; of a pack, members that are held between others cost no request."""
+    targets = [Bytes(content(number) if number % 4 in (1, 2) else bytes(NBYTES)) for number in range(4)]
+    refs = [ref_to(number, pack="pack" if packed else "") for number in range(4)]
+    blobs = {"pack": b"".join(map(content, range(4)))} if packed else {f"blob-{i}": content(i) for i in range(4)}
+    store, stats = Store(blobs, set()), Stats()
+    wanted = [(ref, wanted_by(target)) for ref, target in zip(refs, targets, strict=True)]
+    jobs = read_jobs(wanted, ChunkReader(store, pool=POOL), Counters(stats))
+    assert [job.nbytes for job in jobs] == [0]
+    left = [(job, buffer) for job, buffer, is_left in all_jobs(jobs) if is_left]
+    for job, buffer in left:
+        job.finish(buffer)
+    assert [bytes(target.data) for target in targets] == [content(number) for number in range(4)]
+    assert store.waits == (["pack"] if packed else ["blob-0", "blob-3"])
+    assert (stats.num_new_chunks, stats.new_nbytes, stats.reused_nbytes) == (2, 2 * NBYTES, 2 * NBYTES)
+
+
+def test_looks_are_cut_by_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks are looked at in their order, by so many bytes at once, so that several threads share a large state."""
+    monkeypatch.setattr("torchsnapshot.reading.read_jobs.LOOK_NBYTES", 3 * NBYTES)
+    wanted = [(ref_to(number), wanted_by(Bytes(bytes(NBYTES)))) for number in range(8)]
+    store = Store({f"blob-{number}": content(number) for number in range(8)}, set())
+    jobs = read_jobs(wanted, ChunkReader(store, pool=POOL), Counters(Stats()))
+    found = [job.stage(None) for job in jobs]
+    assert [len(each) for each in found if not isinstance(each, bool)] == [3, 3, 2]
 
 
 def test_damage_at_hand_never_reaches_the_target() -> None:
     """What is read without waiting is proved too: damaged bytes are read again, and then they are an error."""
     target, store = Bytes(bytes(NBYTES)), Store({"blob-1": content(2)}, {"blob-1"})
-    pool = BufferPool()
-    (job,) = read_jobs([(ref_to(1), wanted_by(target))], ChunkReader(store, pool=pool), Counters(Stats()))
-    buffer = pool.acquire(job.nbytes)
-    assert job.stage(buffer) is True
+    jobs = read_jobs([(ref_to(1), wanted_by(target))], ChunkReader(store, pool=POOL), Counters(Stats()))
+    ((job, buffer, is_left),) = all_jobs(jobs)
+    assert is_left
     with pytest.raises(CorruptionError, match="path: "):
         job.finish(buffer)
     assert bytes(target.data) == bytes(NBYTES)

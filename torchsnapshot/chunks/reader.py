@@ -145,16 +145,28 @@ class ChunkReader:
         except StoreError as error:
             raise self._explain(ref.key, start + buffer.nbytes, error) from error
 
-    def decode_into(self, ref: ChunkRef, stored: memoryview, out: memoryview, *, path: str = "") -> None:
-        """Fill ``out`` with the chunk's raw bytes from its stored ones, which were read before.
+    def decode(self, ref: ChunkRef, stored: memoryview, out: memoryview, *, path: str = "") -> memoryview:
+        """The chunk's raw bytes, proved, from its stored ones, which were read before.
 
         What turns out to be damaged, and what needs a base, is read again. See ``read_into`` for the rest.
+
+        Args:
+            ref: the chunk.
+            stored: its stored bytes.
+            out: memory for its raw bytes.
+            path: place in the state, for messages.
+
+        Returns:
+            ``out``; or ``stored`` itself, where it is what is wanted.
         """
         if out.nbytes != ref.nbytes or stored.nbytes != ref.stored_nbytes:
             raise ValueError(f"{stored.nbytes} and {out.nbytes} bytes for {ref.stored_nbytes} stored, {ref.nbytes} raw")
         _chain(ref)
+        if ref.form is Form.RAW and digest_of(stored) == ref.digest:
+            return stored
         if ref.base is not None or _unpack(ref, stored, out, has_base=False):
             self.read_into(ref, out, path=path)
+        return out
 
     def _read_chain(
         self, chain: Sequence[ChunkRef], out: memoryview, aligned: bool, at_hand: bool | None = None

@@ -1,9 +1,9 @@
-"""The units of work of a restore, as the engine carries them: one chunk, or neighbouring chunks of one pack.
+"""The units of work of a restore, as the engine carries them: a look at many chunks, one of them, or a part of a pack.
 
-What lives here: look whether the target holds the bytes already → read → decode → check → scatter, for one unit, in the
-engine's two steps: ``stage`` does all of it where the store need not be waited for, else ``finish`` does the rest. What
-doesn't: which chunk goes where (``restoring.restore``, ``targets``), how bytes are read and checked
-(``chunks.reader``).
+What lives here: look whether the targets hold the bytes already → read → decode → check → scatter. A look brings the
+jobs for what is missing; these do all of theirs in ``stage`` where the store need not be waited for, else ``finish``
+does the rest. So the cores go on looking while the store is waited for. What doesn't: which chunk goes where
+(``restoring.restore``, ``targets``), how bytes are read and checked (``chunks.reader``).
 
 Invariants: bytes reach a sink only after their digest was checked; content that several sinks want is read once; a
 sink that already holds a chunk is neither read for nor written to.
@@ -12,14 +12,16 @@ sink that already holds a chunk is neither read for nor written to.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from torchsnapshot.chunks.reader import ChunkReader, digest_of
 from torchsnapshot.engine.buffers import Buffer
+from torchsnapshot.engine.job import Job
 from torchsnapshot.errors import SnapshotError
 from torchsnapshot.geometry.grid import Box, Piece
+from torchsnapshot.pauses import collector_paused
 from torchsnapshot.stats import Stats
 from torchsnapshot.store.envelope import ChunkRef
 
@@ -28,6 +30,9 @@ MAX_RANGE_NBYTES = 8 << 20
 
 MAX_GAP_NBYTES = 64 << 10
 """Bytes of a pack that nobody wants are read all the same if that saves a request: about what one takes to set up."""
+
+LOOK_NBYTES = 16 << 20
+"""How much one look compares: little enough that cores which share a state come to its end together."""
 
 
 class Memory(Protocol):
@@ -95,6 +100,8 @@ class Sink:
 Wanted = list[tuple[Sink, Share]]
 """Everywhere that one content goes."""
 
+WantedChunk = tuple[ChunkRef, Wanted]
+
 
 class Looking:
     """Whether targets are looked at before chunks are read for them. Thread-safe enough: its counts may be off by some.
@@ -133,38 +140,74 @@ class Counters:
     stats: Stats
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def read(self, ref: ChunkRef) -> None:
-        """Count a chunk that was read."""
+    def read(self, refs: Sequence[ChunkRef]) -> None:
+        """Count chunks that were read."""
+        nbytes, stored_nbytes = sum(ref.nbytes for ref in refs), sum(ref.stored_nbytes for ref in refs)
         with self._lock:
-            self.stats.new_nbytes += ref.nbytes
-            self.stats.stored_nbytes += ref.stored_nbytes
-            self.stats.num_new_chunks += 1
+            self.stats.new_nbytes += nbytes
+            self.stats.stored_nbytes += stored_nbytes
+            self.stats.num_new_chunks += len(refs)
 
-    def held(self, ref: ChunkRef) -> None:
-        """Count a chunk that every sink held."""
+    def held(self, nbytes: int) -> None:
+        """Count the bytes of chunks that every sink held."""
         with self._lock:
-            self.stats.reused_nbytes += ref.nbytes
+            self.stats.reused_nbytes += nbytes
+
+
+class LookJob:
+    """Looks whether targets hold their chunks already; those that are missing become jobs of their own.
+
+    Args:
+        members: the chunks, and who wants them.
+        looking: which of them are looked at.
+        counters: of the restore.
+        jobs_of: the jobs that bring what is missing.
+    """
+
+    nbytes = 0
+
+    def __init__(
+        self,
+        members: Sequence[WantedChunk],
+        looking: Looking,
+        counters: Counters,
+        jobs_of: Callable[[Sequence[WantedChunk]], Sequence[Job]],
+    ) -> None:
+        self._members = members
+        self._looking = looking
+        self._counters = counters
+        self._jobs_of = jobs_of
+
+    @collector_paused()
+    def stage(self, buffer: Buffer | None) -> Sequence[Job]:
+        """Look at all of them."""
+        missing: list[WantedChunk] = []
+        held_nbytes = 0
+        for ref, wanted in self._members:
+            still = self._looking.still_wanted(ref, wanted)
+            if still:
+                missing.append((ref, still))
+            else:
+                held_nbytes += ref.nbytes
+        self._counters.held(held_nbytes)
+        return self._jobs_of(missing)
+
+    def finish(self, buffer: Buffer | None) -> None:
+        """Nothing is left."""
 
 
 class ChunkReadJob:
     """Brings one chunk to all that want it."""
 
-    def __init__(
-        self, ref: ChunkRef, wanted: Wanted, reader: ChunkReader, looking: Looking, counters: Counters
-    ) -> None:
+    def __init__(self, ref: ChunkRef, wanted: Wanted, reader: ChunkReader, counters: Counters) -> None:
         self.nbytes = ref.nbytes
         self._ref = ref
         self._wanted = wanted
         self._reader = reader
-        self._looking = looking
         self._counters = counters
 
     def stage(self, buffer: Buffer | None) -> bool:
-        """See who wants it still, and bring it where the store need not be waited for."""
-        self._wanted = self._looking.still_wanted(self._ref, self._wanted)
-        if not self._wanted:
-            self._counters.held(self._ref)
-            return False
+        """Bring it where the store need not be waited for."""
         assert buffer is not None
         raw = buffer.memory(self.nbytes)
         with naming(self._wanted):
@@ -184,55 +227,45 @@ class ChunkReadJob:
     def _bring(self, raw: memoryview) -> None:
         for sink, share in self._wanted:
             sink.scatter(share, raw)
-        self._counters.read(self._ref)
+        self._counters.read([self._ref])
 
 
 class PackReadJob:
     """Brings neighbouring chunks of one pack to all that want them, with one request."""
 
-    def __init__(
-        self, members: list[tuple[ChunkRef, Wanted]], reader: ChunkReader, looking: Looking, counters: Counters
-    ) -> None:
+    def __init__(self, members: Sequence[WantedChunk], reader: ChunkReader, counters: Counters) -> None:
         first, last = members[0][0], members[-1][0]
         self._range_nbytes = last.offset + last.stored_nbytes - first.offset
         self.nbytes = self._range_nbytes + max(ref.nbytes for ref, _ in members)
         self._members = members
         self._reader = reader
-        self._looking = looking
         self._counters = counters
 
     def stage(self, buffer: Buffer | None) -> bool:
-        """See what is still wanted, and bring it where the store need not be waited for."""
-        missing = []
-        for ref, wanted in self._members:
-            still = self._looking.still_wanted(ref, wanted)
-            if still:
-                missing.append((ref, still))
-            else:
-                self._counters.held(ref)
-        self._members = missing
-        return bool(missing) and not self._read_and_bring(buffer, at_hand=True)
+        """Bring them where the store need not be waited for."""
+        return not self._read_and_bring(buffer, at_hand=True)
 
     def finish(self, buffer: Buffer | None) -> None:
         """Wait for it and bring it."""
         self._read_and_bring(buffer, at_hand=False)
 
+    @collector_paused()
     def _read_and_bring(self, buffer: Buffer | None, *, at_hand: bool) -> bool:
         assert buffer is not None
         memory = buffer.memory(self.nbytes)
-        (first, wanted), (last, _) = self._members[0], self._members[-1]
-        stored = memory[: last.offset + last.stored_nbytes - first.offset]
+        first, wanted = self._members[0]
+        stored = memory[: self._range_nbytes]
         with naming(wanted):
             if not self._reader.read_range(first, first.offset, stored, at_hand=at_hand):
                 return False
         for ref, wanted in self._members:
             start = ref.offset - first.offset
-            raw = memory[self._range_nbytes : self._range_nbytes + ref.nbytes]
+            space = memory[self._range_nbytes : self._range_nbytes + ref.nbytes]
             with naming(wanted):
-                self._reader.decode_into(ref, stored[start : start + ref.stored_nbytes], raw)
+                raw = self._reader.decode(ref, stored[start : start + ref.stored_nbytes], space)
             for sink, share in wanted:
                 sink.scatter(share, raw)
-            self._counters.read(ref)
+        self._counters.read([ref for ref, _ in self._members])
         return True
 
 
@@ -252,25 +285,58 @@ class naming:
             raise type(error)(f"{', '.join(paths[:3])}{more}: {error}") from error
 
 
-def read_jobs(
-    wanted: Iterable[tuple[ChunkRef, Wanted]], reader: ChunkReader, counters: Counters
-) -> Iterator[ChunkReadJob | PackReadJob]:
-    """The jobs that bring every content to all that want it: whole blobs first, then packs by neighbourhood."""
+def read_jobs(chunks: Iterable[WantedChunk], reader: ChunkReader, counters: Counters) -> list[Job]:
+    """The jobs that bring every content to all that want it: packs by neighbourhood first, then whole blobs.
+
+    Those without a buffer are looks, which bring the jobs for what they do not find.
+    """
+
+    def one_by_one(members: Sequence[WantedChunk]) -> list[Job]:
+        return [ChunkReadJob(ref, wanted, reader, counters) for ref, wanted in members]
+
+    def together(members: Sequence[WantedChunk]) -> list[Job]:
+        return [PackReadJob(neighbours, reader, counters) for neighbours in _neighbours(members)]
+
+    packs: dict[str, list[WantedChunk]] = {}
+    whole: list[WantedChunk] = []
+    for chunk in chunks:
+        ref, _ = chunk
+        is_whole = ref.stored_nbytes == ref.blob_nbytes
+        (whole if is_whole else packs.setdefault(ref.key, [])).append(chunk)
     looking = Looking()
-    packed: dict[str, list[tuple[ChunkRef, Wanted]]] = {}
-    for ref, sinks in wanted:
-        if ref.stored_nbytes == ref.blob_nbytes:
-            yield ChunkReadJob(ref, sinks, reader, looking, counters)
-        else:
-            packed.setdefault(ref.key, []).append((ref, sinks))
-    for members in packed.values():
-        members.sort(key=lambda member: member[0].offset)
-        for run in _neighbours(members):
-            yield PackReadJob(run, reader, looking, counters)
+    jobs: list[Job] = []
+    for pack in packs.values():
+        pack.sort(key=lambda chunk: chunk[0].offset)
+        jobs += [LookJob(pack, looking, counters, together)] if any(map(_may_hold, pack)) else together(pack)
+    jobs += one_by_one([chunk for chunk in whole if not _may_hold(chunk)])
+    looked_at = filter(_may_hold, whole)
+    jobs += [LookJob(group, looking, counters, one_by_one) for group in _grouped(looked_at)]
+    return jobs
 
 
-def _neighbours(members: Iterable[tuple[ChunkRef, Wanted]]) -> Iterator[list[tuple[ChunkRef, Wanted]]]:
-    run: list[tuple[ChunkRef, Wanted]] = []
+def _may_hold(chunk: WantedChunk) -> bool:
+    """Whether there is anything to look at."""
+    _, wanted = chunk
+    return any(sink.looks for sink, _ in wanted)
+
+
+def _grouped(chunks: Iterable[WantedChunk]) -> Iterator[list[WantedChunk]]:
+    """Chunks in groups of at most ``LOOK_NBYTES``, or of one that is larger."""
+    group: list[WantedChunk] = []
+    nbytes = 0
+    for chunk in chunks:
+        ref, _ = chunk
+        if group and nbytes + ref.nbytes > LOOK_NBYTES:
+            yield group
+            group, nbytes = [], 0
+        group.append(chunk)
+        nbytes += ref.nbytes
+    if group:
+        yield group
+
+
+def _neighbours(members: Iterable[WantedChunk]) -> Iterator[list[WantedChunk]]:
+    run: list[WantedChunk] = []
     end = 0
     for ref, sinks in members:
         is_far = run and ref.offset - end > MAX_GAP_NBYTES

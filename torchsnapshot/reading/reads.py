@@ -84,7 +84,7 @@ class Reading:
         if isinstance(entry, TensorEntry) and entry.inline is not None:
             for sink, view in zip(sinks, target.views, strict=True):
                 self._inline.append((sink, Share(whole, view.box, None), entry.inline))
-        elif isinstance(entry, TensorEntry) and [view.box for view in target.views] == [whole]:
+        elif isinstance(entry, TensorEntry) and len(target.views) == 1 and target.views[0].box == whole:
             for shard in entry.shards:
                 pieces = [piece for box in shard.boxes for piece in grid.cut(box, entry.cell, itemsize)]
                 self._want(sinks[0], shard.span, pieces)
@@ -128,8 +128,8 @@ class Reading:
             raise FormatError(f"{self._manifest.where}: {sink.path}: its chunks are not those of its grid")
         for ref, piece in zip(refs, pieces, strict=True):
             self._wanted.setdefault((ref.digest, ref.nbytes), (ref, []))[1].append((sink, Share.whole(piece)))
-            self.stats.num_chunks += 1
-            self.stats.state_nbytes += piece.nbytes
+        self.stats.num_chunks += len(refs)
+        self.stats.state_nbytes += sum(ref.nbytes for ref in refs)
 
     def run(self, budget_nbytes: int | None = None) -> None:
         """Read everything that was added, convert what has another dtype, and tell autograd what changed.
@@ -165,12 +165,14 @@ class Reading:
 
     def _read(self, budget_nbytes: int | None) -> None:
         reader = ChunkReader(self._repository, is_alone=knobs.get_local_world_size() == 1)
-        jobs = list(read_jobs(self._wanted.values(), reader, Counters(self.stats)))
+        jobs = read_jobs(self._wanted.values(), reader, Counters(self.stats))
         for sink, share, data in self._inline:
             sink.scatter(share, memoryview(data))
         if jobs:
             submit(
-                jobs,
+                [job for job in jobs if job.nbytes],
+                # the cores look while others wait for the store
+                beside=[job for job in jobs if not job.nbytes],
                 num_workers=knobs.get_num_workers(self._repository.backend.concurrency),
                 num_staging=knobs.get_num_threads(),
                 budget=budget_nbytes or knobs.get_memory_budget_bytes(),

@@ -100,7 +100,7 @@ def _move_group(group: Sequence[Chunk], repository: Repository, writer: ChunkWri
         members.append((chunk.ref.digest, memoryview(memory.data)[offset : offset + chunk.nbytes], chunk.width))
         offset += chunk.nbytes
     submit(
-        list(read_jobs(wanted, ChunkReader(repository), Counters(Stats()))),
+        read_jobs(wanted, ChunkReader(repository), Counters(Stats())),
         num_workers=knobs.get_num_workers(repository.backend.concurrency),
         budget=knobs.get_memory_budget_bytes(),
     ).wait()
