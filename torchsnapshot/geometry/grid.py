@@ -187,9 +187,10 @@ def cut(box: Box, cell: Sequence[int], itemsize: int) -> list[Piece]:
     if 0 in box.sizes:
         return []
     nbytes = box.numel * itemsize
-    segments = [_segments(*dim) for dim in zip(box.offsets, box.sizes, cell, strict=True)]
-    if all(len(dim) == 1 for dim in segments):
+    dims = list(zip(box.offsets, box.sizes, cell, strict=True))
+    if all(start // step == (start + size - 1) // step for start, size, step in dims):
         return [Piece(box, 0, nbytes)]
+    segments = [_segments(*dim) for dim in dims]
     if not cell_fits(box, cell, itemsize, nbytes):
         raise ValueError(f"cell {tuple(cell)} cuts box {box.offsets}+{box.sizes} into pieces that are not contiguous")
     pieces = []

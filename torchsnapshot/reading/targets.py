@@ -18,7 +18,7 @@ import torch
 
 from torchsnapshot.format.entries import ShardedTensorEntry, TensorEntry
 from torchsnapshot.geometry.grid import whole
-from torchsnapshot.reading.spans import SortedSpans
+from torchsnapshot.reading.spans import SortedSpans, Span
 from torchsnapshot.state.dtypes import name_of, numpy_name
 from torchsnapshot.state.host_views import memory_span, target_view
 from torchsnapshot.state.sharded import PlacedView, bump_versions, describe, is_dtensor, is_sharded_tensor
@@ -72,7 +72,8 @@ class TargetFinder:
     mismatches: list[str] = field(default_factory=list)
     converted: dict[str, tuple[str, str]] = field(default_factory=dict)
     _spans: SortedSpans = field(default_factory=SortedSpans)
-    _holders: dict[tuple[str, int, int], object] = field(default_factory=dict)
+    _holders: dict[Span, tuple[Any, TensorEntry | ShardedTensorEntry]] = field(default_factory=dict)
+    """Whose memory a span is: the tensor's, and what it gets."""
 
     def find(self, path: str, entry: TensorEntry | ShardedTensorEntry, current: Any) -> Target | None:
         """The target for ``entry``, where the application has ``current`` at the path (None: nothing).
@@ -87,11 +88,11 @@ class TargetFinder:
         if is_dtensor(current) or is_sharded_tensor(current):
             return self._find_sharded(path, entry, current)
         is_tensor = isinstance(current, torch.Tensor)
-        device = None if not is_tensor else self.device if current.is_meta else current.device
         name = name_of(current.dtype) if is_tensor else numpy_name(current.dtype)
+        if name == entry.dtype and can_write_in_place(current) and self._claims(current, entry):
+            return Target(current, [_whole_view(current, entry)], is_own=True)
+        device = None if not is_tensor else self.device if current.is_meta else current.device
         if name == entry.dtype:
-            if can_write_in_place(current) and self._claims(current, entry):
-                return Target(current, [_whole_view(current, entry)], is_own=True)
             return self._new(entry, device)
         obstacle = why_inconvertible(entry.dtype, current)
         if obstacle is not None:
@@ -135,23 +136,27 @@ class TargetFinder:
 
     def _claims(self, current: Any, entry: TensorEntry | ShardedTensorEntry) -> bool:
         """Whether the memory is free for this tensor: nobody else's, or that of one with the very same content."""
-        device = str(current.device) if isinstance(current, torch.Tensor) else "cpu"
-        span = (device, *memory_span(current))
+        is_elsewhere = isinstance(current, torch.Tensor) and not current.is_cpu
+        span = (str(current.device) if is_elsewhere else "cpu", *memory_span(current))
         if span[1] == span[2]:
             return True
-        # the same memory in another order would be other elements
-        strides = current.stride() if isinstance(current, torch.Tensor) else current.strides
-        content = (entry.dtype, entry.shape, _permutation(entry), strides, self.content(entry))
-        if span in self._holders:
-            return self._holders[span] == content
+        holder = self._holders.get(span)
+        if holder is not None:
+            return self._described(*holder) == self._described(current, entry)
         before, after = self._spans.around(span)
         if before is not None and before[0] == span[0] and before[2] > span[1]:
             return False
         if after is not None and after[0] == span[0] and after[1] < span[2]:
             return False
         self._spans.add(span)
-        self._holders[span] = content
+        self._holders[span] = current, entry
         return True
+
+    def _described(self, current: Any, entry: TensorEntry | ShardedTensorEntry) -> object:
+        """Everything that decides on which bytes are written where in a span of memory."""
+        # the same memory in another order would be other elements
+        strides = current.stride() if isinstance(current, torch.Tensor) else current.strides
+        return entry.dtype, entry.shape, _permutation(entry), strides, self.content(entry)
 
 
 def _permutation(entry: TensorEntry | ShardedTensorEntry) -> tuple[int, ...] | None:

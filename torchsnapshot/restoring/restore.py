@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -35,6 +36,7 @@ from torchsnapshot.format.entries import (
     escape,
     unescape,
 )
+from torchsnapshot.pauses import collector_paused
 from torchsnapshot.reading.opening import Opened, other_generations_named
 from torchsnapshot.reading.reads import Reading
 from torchsnapshot.restoring.elastic import MissingRank, check_missing_rank, entries_for, selectable_entries
@@ -217,11 +219,10 @@ def _check_names(
         logger.warning("%s", reason)
 
 
+@collector_paused()
 def _reader(stateful: Stateful, state: Any, path: str, options: RestoreOptions) -> Reader:
     """What this rank has of one key, before it is restored."""
-    leaves = dict(leaves_of(path, state))
-    parents = {each[:end] for each in leaves for end in range(len(path), len(each)) if each[end] == "/"}
-    tensors = list(leaves.values())
+    tensors = [leaf for _, leaf in leaves_of(path, state)]
     parameter_of = parameter_finder(stateful, path)
     is_optimizer = isinstance(stateful, torch.optim.Optimizer)
     if isinstance(stateful, torch.optim.Optimizer):
@@ -234,11 +235,31 @@ def _reader(stateful: Stateful, state: Any, path: str, options: RestoreOptions) 
         options.rank,
         options.world_size,
         mesh or None,
-        parents | leaves.keys() | {path},
+        _Places(path, state).__contains__,
         lambda where: parameter_of(where) is not None,
         is_optimizer,
         isinstance(stateful, RNGState),
     )
+
+
+class _Places:
+    """The paths of all leaves and containers of a state; made when they are first asked for, as few restores do."""
+
+    def __init__(self, path: str, state: Any) -> None:
+        self._path = path
+        self._state = state
+
+    def __contains__(self, path: str) -> bool:
+        return path in self._paths
+
+    @cached_property
+    def _paths(self) -> set[str]:
+        paths = {self._path}
+        for leaf, _ in leaves_of(self._path, self._state):
+            while leaf not in paths:
+                paths.add(leaf)
+                leaf = leaf.rpartition("/")[0]
+        return paths
 
 
 def _restore_part(
