@@ -18,8 +18,8 @@ from benchmarks.part import PEERS, REPOSITORY
 from benchmarks.report import MISSED, Line, Result, table
 
 PARTS = (
-    "take", "async_stall", "training", "restore", "stored_bytes", "small", "gc_scale", "s3", "chunk_size", "ranks",
-    "ranks_simulated",
+    "take", "slow_disk", "async_stall", "training", "restore", "stored_bytes", "small", "gc_scale", "s3", "chunk_size",
+    "ranks", "ranks_simulated",
 )  # fmt: skip
 RESULTS = REPOSITORY / "benchmarks" / "results"
 REFERENCE = RESULTS / "reference.json"

@@ -230,3 +230,15 @@ class TestLearning:
         assert kept.gain("w") == pytest.approx(0.4)
         kept.record_gain("w", 0.0)
         assert kept.gain("w") == pytest.approx(0.2)
+
+    def test_gain_of_the_same_name_stands_in(self) -> None:
+        """Of a place without samples, the last name's are believed; its own count as soon as there are any."""
+        kept = Bases()
+        kept.record_gain("model/layers.0.weight", 0.4)
+        kept.record_gain("optim/state/0/exp_avg", 0.0)
+        assert kept.gain("model/layers.1.weight") == kept.gain("other/weight") == pytest.approx(0.4)
+        assert kept.gain("optim/state/1/exp_avg") == 0.0
+        assert kept.gain("model/layers.1.bias") is None
+        kept.record_gain("model/layers.1.weight", 0.1)
+        assert kept.gain("model/layers.1.weight") == pytest.approx(0.1)
+        assert kept.gain("model/layers.0.weight") == pytest.approx(0.4)

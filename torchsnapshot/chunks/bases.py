@@ -83,6 +83,7 @@ class Bases:
         self._copies: OrderedDict[bytes, _Copy] = OrderedDict()
         self._cycles: dict[bytes, _Cycle] = {}
         self._gains: dict[str, float] = {}
+        self._gains_by_name: dict[str, float] = {}
         self._pool = BufferPool(0)
         self._budget = 0
         self._held_nbytes = 0
@@ -186,15 +187,18 @@ class Bases:
     def gain(self, path: str) -> float | None:
         """Which fraction of the raw bytes XOR saved lately at a path, beyond what encoding alone saves; None: unknown.
 
-        Below zero where a delta was larger.
+        Below zero where a delta was larger. Where nothing is known of a path, those with its last name speak for it:
+        what is a ``weight`` or an ``exp_avg`` in one layer changes much as it does in another.
         """
-        return self._gains.get(path)
+        found = self._gains.get(path)
+        return self._gains_by_name.get(_last_name(path)) if found is None else found
 
     def record_gain(self, path: str, gain: float) -> None:
         """A sample at a path showed this."""
         with self._lock:
-            known = self._gains.get(path)
-            self._gains[path] = gain if known is None else known + (gain - known) * _LEARNING_RATE
+            for gains, place in ((self._gains, path), (self._gains_by_name, _last_name(path))):
+                known = gains.get(place)
+                gains[place] = gain if known is None else known + (gain - known) * _LEARNING_RATE
 
     # --- all below: with the lock held
 
@@ -229,6 +233,11 @@ class Bases:
     def _free(self, buffer: Buffer) -> None:
         self._held_nbytes -= buffer.nbytes
         buffer.release()
+
+
+def _last_name(path: str) -> str:
+    """What a place is called by its neighbours: ``weight`` of ``model/layers.0.attention.weight``."""
+    return path.rpartition("/")[2].rpartition(".")[2]
 
 
 _bases: dict[str, Bases] = {}

@@ -76,7 +76,7 @@ class ChunkCoder:
         encoding: see ``Encoding``.
         pool: where buffers for checking come from.
         meter: decides for "auto".
-        clock: seconds, for the meter.
+        clock: seconds that the calling thread has computed, for the meter.
     """
 
     def __init__(self, encoding: Encoding, pool: BufferPool, meter: EncodingMeter, clock: Callable[[], float]) -> None:
