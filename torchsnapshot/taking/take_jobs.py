@@ -22,6 +22,9 @@ from torchsnapshot.store.known import Known
 from torchsnapshot.taking.expected import Expected, ExpectedChunk, differing
 from torchsnapshot.taking.plan import Chunk, TakePlan, grouped
 
+NUM_AHEAD = 16
+"""How many large chunks are staged before small ones: enough to keep a store busy meanwhile."""
+
 LOOK_NBYTES = 16 << 20
 """How much one look compares: little enough that cores which share a state come to its end together."""
 
@@ -148,12 +151,13 @@ def take_jobs(plan: TakePlan, expected: Expected, known: Known, writer: ChunkWri
     def together(group: Sequence[Chunk]) -> list[Job]:
         return [GroupJob(group, known, writer)] if group else []
 
-    jobs = [job for group in plan.groups for job in together(group)]
-    jobs += [LookJob(group, known, together) for group in expected.groups]
+    groups = [job for group in plan.groups for job in together(group)]
+    groups += [LookJob(group, known, together) for group in expected.groups]
     # what changed last time has to be written, most likely: the sooner that begins, the more work it overlaps with
-    jobs += one_by_one(sorted(plan.large, key=lambda chunk: not chunk.changed_last_time))
-    jobs += [LookJob(chunks, known, one_by_one) for chunks in grouped(expected.large, LOOK_NBYTES)]
-    return jobs
+    large = one_by_one(sorted(plan.large, key=lambda chunk: not chunk.changed_last_time))
+    large += [LookJob(chunks, known, one_by_one) for chunks in grouped(expected.large, LOOK_NBYTES)]
+    # the many chunks of a group take the cores some time, for which the store should have something to do
+    return [*large[:NUM_AHEAD], *groups, *large[NUM_AHEAD:]]
 
 
 def buffer_sizes(plan: TakePlan, expected: Expected) -> list[int]:
