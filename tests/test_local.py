@@ -678,6 +678,7 @@ class TestPlanted:
         ):
             with pytest.raises(KeyAbsentError):
                 request()
+        assert backend.sizes([key]) == {}
         assert key not in {info.key for info in backend.list(".torchsnapshot/blobs")}
         assert os.path.basename(path) not in {info.key for info in backend.list_folder(os.path.dirname(key)).objects}
         assert secret.read_bytes() == b"secret"

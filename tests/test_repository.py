@@ -150,6 +150,17 @@ def test_an_unreadable_config_names_the_store() -> None:
         Repository.open(backend)
 
 
+def test_sizes_of_many_blobs(tmp_path: Path) -> None:
+    """Of those that are there, on a disk; elsewhere nothing is said, as each would cost a request."""
+    keys = [chunk_of(bytes([number]) * 10, "a" * 24).key for number in range(3)]
+    local = Repository.create_or_open(LocalBackend(str(tmp_path)))
+    for repository in (local, new_store()):
+        for nbytes, key in enumerate(keys[:2], start=5):
+            repository.put_blob(key, bytes(nbytes))
+        assert dict(repository.blob_sizes(keys)) == ({keys[0]: 5, keys[1]: 6} if repository is local else {})
+        assert repository.blob_nbytes(keys[0]) == 5
+
+
 def test_blobs_are_read_as_they_were_written() -> None:
     """Whole, in part, and into a buffer."""
     repository = new_store()

@@ -66,7 +66,9 @@ def submit_take(
     if in_background:
         # buffers are larger than what they hold, and one that does not fit would have to wait for a put
         sizes = [job.nbytes for job in jobs] if sizes is None else sizes
-        wanted = Counter(size_class(nbytes) for nbytes in sizes if nbytes)
+        wanted: Counter[int] = Counter()
+        for nbytes, count in Counter(filter(None, sizes)).items():
+            wanted[size_class(nbytes)] += count
         allowed = _allowed(wanted, pool)
         budget = staging_budget(allowed, budget, pool.warm_nbytes(wanted))
     mode = Mode.STAGE_FIRST if in_background else Mode.THROUGH

@@ -17,7 +17,7 @@ Contract, tested for every backend by one suite:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol
@@ -147,6 +147,13 @@ class Backend(ABC):
     @abstractmethod
     def stat(self, key: str) -> ObjectInfo:
         """The object's size and time, uncached. Raises ``KeyAbsentError``."""
+
+    def sizes(self, keys: Sequence[str]) -> Mapping[str, int]:
+        """The sizes of those objects, in bytes, of which they can be had cheaply, uncached, many at once.
+
+        Of what is left out nothing is known: it may be there or not.
+        """
+        return {}
 
     @abstractmethod
     def list(self, prefix: str) -> Iterator[ObjectInfo]:

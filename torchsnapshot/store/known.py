@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from torchsnapshot.errors import SnapshotError
@@ -97,13 +97,14 @@ class Known:
         index = self._filled.index
         return not any(index.is_dropped(ref) or not self._may_reuse(ref) for ref in refs)
 
+    def look_for(self, refs: Iterable[ChunkRef]) -> None:
+        """See which blobs of these chunks are there, all at once where that is cheaper than one by one."""
+        wanted = {link.key: link for ref in refs for link in _links(ref) if link.key not in self._present}
+        for key, nbytes in self._repository.blob_sizes(wanted).items():
+            self._present[key] = nbytes == wanted[key].blob_nbytes
+
     def _may_reuse(self, ref: ChunkRef) -> bool:
-        link: ChunkRef | None = ref
-        while link is not None:
-            if link.key in self._condemned or not self._is_present(link):
-                return False
-            link = link.base
-        return True
+        return all(link.key not in self._condemned and self._is_present(link) for link in _links(ref))
 
     def _is_present(self, ref: ChunkRef) -> bool:
         present = self._present.get(ref.key)
@@ -130,6 +131,14 @@ class Known:
             self._filled.seen[ref.key] = ref.blob_nbytes
         if take_id is not None:
             self._filled.take_ids.add(take_id)
+
+
+def _links(ref: ChunkRef) -> Iterator[ChunkRef]:
+    """A chunk and its bases."""
+    link: ChunkRef | None = ref
+    while link is not None:
+        yield link
+        link = link.base
 
 
 def known_for_take(

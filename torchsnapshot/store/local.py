@@ -20,7 +20,7 @@ import errno
 import itertools
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torchsnapshot.errors import KeyExistsError, StoreError
 from torchsnapshot.store.backend import Backend, Buffer, Folder, FolderIdentity, ObjectInfo, check_key
@@ -34,9 +34,18 @@ from torchsnapshot.store.keys import (
     parse_blob_key,
     parse_manifest_name,
 )
-from torchsnapshot.store.local_errors import translate
+from torchsnapshot.store.local_errors import OpenFile, translate
 from torchsnapshot.store.mounts import Coherence, Mount, device_of, find_mount
-from torchsnapshot.store.posix import FileReader, FileWriter, fsync, fsync_folder, link, make_folder, unlink_quietly
+from torchsnapshot.store.posix import (
+    FileReader,
+    FileWriter,
+    fsync,
+    fsync_folder,
+    link,
+    make_folder,
+    sizes_of,
+    unlink_quietly,
+)
 from torchsnapshot.store.whole_filesystem import FILESYSTEMS
 
 _PUT_ATTEMPTS = 5
@@ -214,7 +223,7 @@ class LocalBackend(Backend):
         with self._open(key) as file:
             return self._read_fully(file, key, 0, min(nbytes, os.fstat(file.number).st_size))
 
-    def _read_fully(self, file: _OpenFile, key: str, start: int, nbytes: int) -> bytes:
+    def _read_fully(self, file: OpenFile, key: str, start: int, nbytes: int) -> bytes:
         pieces: list[bytes] = []
         done = 0
         while done < nbytes:
@@ -246,7 +255,12 @@ class LocalBackend(Backend):
             raise translate(error, self.url, "stat", key, writing=False) from error
         return ObjectInfo(key, status.st_size, status.st_mtime)
 
-    def _open(self, key: str) -> _OpenFile:
+    def sizes(self, keys: Sequence[str]) -> Mapping[str, int]:
+        """See ``Backend.sizes``."""
+        found = sizes_of(map(self._path, keys))
+        return {key: nbytes for key, nbytes in zip(keys, found, strict=True) if nbytes is not None}
+
+    def _open(self, key: str) -> OpenFile:
         # O_NONBLOCK: opening a planted pipe must not wait for its other end; regular files ignore it
         flags = os.O_RDONLY | os.O_NONBLOCK | (os.O_NOFOLLOW if _is_in_store(key) else 0)
         try:
@@ -256,7 +270,7 @@ class LocalBackend(Backend):
                 raise OSError(errno.ELOOP, "not a regular file")
         except OSError as error:
             raise translate(error, self.url, "read", key, writing=False) from error
-        return _OpenFile(self, key, file)
+        return OpenFile(file, self.url, key)
 
     def _short(self, key: str, start: int, nbytes: int, available: int) -> StoreError:
         return StoreError(
@@ -368,25 +382,6 @@ class LocalBackend(Backend):
 
     def _path(self, key: str) -> str:
         return os.path.join(self.root, check_key(key))
-
-
-class _OpenFile:
-    """An open file descriptor whose errors name the key."""
-
-    __slots__ = ("backend", "key", "number")
-
-    def __init__(self, backend: LocalBackend, key: str, number: int) -> None:
-        self.backend = backend
-        self.key = key
-        self.number = number
-
-    def __enter__(self) -> _OpenFile:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        os.close(self.number)
-        if isinstance(error, OSError):
-            raise translate(error, self.backend.url, "read", self.key, writing=False) from error
 
 
 def _is_in_store(key: str) -> bool:

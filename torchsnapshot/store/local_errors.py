@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 
 from torchsnapshot.errors import (
     CredentialsError,
@@ -62,3 +63,22 @@ def _kind(number: int, writing: bool) -> type[StoreError]:
     if number in _ABSENT and not writing:
         return KeyAbsentError
     return StoreError
+
+
+class OpenFile:
+    """An open file descriptor, to be read in a ``with`` block whose errors name the store and the key."""
+
+    __slots__ = ("key", "number", "url")
+
+    def __init__(self, number: int, url: str, key: str) -> None:
+        self.number = number
+        self.url = url
+        self.key = key
+
+    def __enter__(self) -> OpenFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        os.close(self.number)
+        if isinstance(error, OSError):
+            raise translate(error, self.url, "read", self.key, writing=False) from error

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torchsnapshot.errors import (
@@ -172,6 +172,11 @@ class Repository:
             return self.backend.stat(_blob(key)).nbytes
         except KeyAbsentError:
             return None
+
+    def blob_sizes(self, keys: Iterable[str]) -> Mapping[str, int]:
+        """The stored sizes of those blobs of which they can be had cheaply. See ``Backend.sizes``."""
+        objects = {_blob(key): key for key in keys}
+        return {objects[found]: nbytes for found, nbytes in self.backend.sizes(list(objects)).items()}
 
     def read_blob(self, key: str, start: int = 0, nbytes: int | None = None) -> bytes:
         """A blob's bytes from ``start``; ``nbytes=None`` means to its end.

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,6 +98,13 @@ class Expected:
 
     large: list[ExpectedChunk] = field(default_factory=list)
     groups: list[list[Chunk | ExpectedChunk]] = field(default_factory=list)
+
+    @property
+    def refs(self) -> Iterator[ChunkRef]:
+        """Where the bytes that are expected are stored."""
+        yield from map(_REF, self.large)
+        for group in self.groups:
+            yield from (chunk.ref for chunk in group if isinstance(chunk, ExpectedChunk))
 
 
 def differing(chunks: Sequence[Chunk | ExpectedChunk], known: Known) -> list[Chunk]:

@@ -193,12 +193,15 @@ class Take:
             blobs, encoding = PendingBlobs(repository), self._options.encoding
             writer = chunk_writer(repository, session.take_id, 0, encoding, in_background=in_background, blobs=blobs)
             jobs, sizes = take_jobs(plan, expected, known, writer), buffer_sizes(plan, expected)
+            refs = list(expected.refs)
             # tensors of which nothing has to be staged live no longer than the look at them
             del expected
         with stats.phase("stage" if in_background else "write"):
             concurrency = repository.backend.concurrency
             run = self._run = submit_take(jobs, concurrency=concurrency, in_background=in_background, sizes=sizes)
             del jobs
+            # the first bytes are being compared; workers that looked for each blob would take turns at Python's lock
+            known.look_for(refs)
             wait_staged(run) if in_background else run.wait()
         self._work = _Work(session, parent, previous, known, plan, writer, blobs, run)
 
