@@ -287,11 +287,7 @@ class TestAuto:
         """Where the store takes no time, "auto" stops encoding floats, but zeros collapse all the same."""
         time = iter(range(1_000_000))
         # by this clock encoding and putting take the same time, whatever the size: encoding never pays
-
-        def tick() -> float:
-            return float(next(time))
-
-        chunk_writer = ChunkWriter(store, TAKE, 0, "auto", pool=pool, clock=tick, work_clock=tick)
+        chunk_writer = ChunkWriter(store, TAKE, 0, "auto", pool=pool, clock=lambda: float(next(time)))
         forms = []
         for seed in range(30):
             raw = floats(seed=seed)
@@ -300,21 +296,6 @@ class TestAuto:
         assert forms[-15:].count(Form.RAW) >= 14
         zeros = memoryview(bytearray(80_000))
         assert chunk_writer.put_chunk(zeros, digest_of(zeros), 4).stored_nbytes < 500
-
-    def test_waiting_for_a_core_is_no_cost_of_encoding(self, store: FakeStore, pool: BufferPool) -> None:
-        """What a thread that encodes waits for others is not counted: with many threads that would make encoding seem
-        dearer than a slow store.
-        """
-        now = itertools.count(step=1000)
-        # by the clock on the wall everything takes 1,000 seconds, but the thread itself computes for hardly any time
-        chunk_writer = ChunkWriter(
-            store, TAKE, 0, "auto", pool=pool, clock=lambda: float(next(now)), work_clock=lambda: 0.0
-        )
-        forms = []
-        for seed in range(30):
-            raw = floats(seed=seed)
-            forms.append(chunk_writer.put_chunk(raw, digest_of(raw), 4).form)
-        assert set(forms) == {Form.ENCODED}
 
     def test_small_chunks_are_not_looked_at(self, store: FakeStore, pool: BufferPool) -> None:
         """Some kilobytes are not worth a sample, unless every byte counts."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -21,6 +20,7 @@ from torchsnapshot.chunks.encoded import WIDTHS
 from torchsnapshot.chunks.reader import digest_of
 from torchsnapshot.engine.buffers import BufferPool
 from torchsnapshot.engine.meter import EncodingMeter
+from torchsnapshot.engine.shared_cores import SharedCores
 from torchsnapshot.errors import CorruptionError, FormatError
 from torchsnapshot.store.envelope import Form
 
@@ -76,15 +76,15 @@ class ChunkCoder:
         encoding: see ``Encoding``.
         pool: where buffers for checking come from.
         meter: decides for "auto".
-        clock: seconds that the calling thread has computed, for the meter.
+        cores: times what coding costs, for the meter.
     """
 
-    def __init__(self, encoding: Encoding, pool: BufferPool, meter: EncodingMeter, clock: Callable[[], float]) -> None:
+    def __init__(self, encoding: Encoding, pool: BufferPool, meter: EncodingMeter, cores: SharedCores) -> None:
         self._encoding = encoding
         self._effort = Effort.SMALLEST if encoding == "smallest" else Effort.AUTO
         self._pool = pool
         self._meter = meter
-        self._clock = clock
+        self._cores = cores
         self._lock = threading.Lock()
         self._num_coded: dict[_Kind, int] = {}
         self._proved: set[_Kind] = set()
@@ -130,10 +130,10 @@ class ChunkCoder:
             if scheme.fraction > WORTHWHILE or (base is None and not is_wanted):
                 return Coded(0, Form.RAW, 1, gain)
             is_delta = base is not None
-            begin = self._clock()
-            nbytes = encode(raw, scheme, out, scratch, base) if is_delta else encode(raw, scheme, out, scratch)
-            seconds = self._clock() - begin
-        self._meter.record_encode(width, raw.nbytes, raw.nbytes if nbytes is None else nbytes, seconds, delta=is_delta)
+            with self._cores.work() as work:
+                nbytes = encode(raw, scheme, out, scratch, base) if is_delta else encode(raw, scheme, out, scratch)
+        stored_nbytes = raw.nbytes if nbytes is None else nbytes
+        self._meter.record_encode(width, raw.nbytes, stored_nbytes, work.seconds, delta=is_delta)
         if nbytes is None:
             return Coded(0, Form.RAW, 1, gain)
         kind = (width, is_delta, scheme.levels is not None)

@@ -19,8 +19,9 @@ import logging
 import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from time import perf_counter, thread_time
+from time import perf_counter
 
+from torchsnapshot import knobs
 from torchsnapshot.chunks.bases import GAINLESS, Bases, base_of
 from torchsnapshot.chunks.codecs import WORTHWHILE
 from torchsnapshot.chunks.coder import Against, ChunkCoder, codec_width
@@ -29,6 +30,7 @@ from torchsnapshot.chunks.reader import MAX_BLOB_NBYTES, BlobStore, digest_of
 from torchsnapshot.chunks.reader import ChunkReader as ChunkReader
 from torchsnapshot.engine.buffers import BufferPool, is_page_memory, shared_pool
 from torchsnapshot.engine.meter import EncodingMeter
+from torchsnapshot.engine.shared_cores import SharedCores
 from torchsnapshot.errors import SnapshotError
 from torchsnapshot.store.envelope import ChunkRef, Form
 from torchsnapshot.store.keys import BlobKey
@@ -55,9 +57,7 @@ class ChunkWriter:
         meter: decides for "auto"; by default its own.
         bases: what is known of bases; without it no deltas are written.
         reads_bases: whether reading a base from the store is cheap enough for "auto".
-        clock: seconds, for the meter: of what is waited for.
-        work_clock: seconds that the calling thread has computed, for the meter: what encoding and copies cost. By the
-            other clock they seem several times as dear where threads share cores, and a slow disk would get raw bytes.
+        clock: seconds, for the meter.
     """
 
     def __init__(
@@ -72,7 +72,6 @@ class ChunkWriter:
         bases: Bases | None = None,
         reads_bases: bool = True,
         clock: Callable[[], float] = perf_counter,
-        work_clock: Callable[[], float] = thread_time,
     ) -> None:
         self._store = store
         self._take_id = take_id
@@ -81,8 +80,8 @@ class ChunkWriter:
         self._pool = pool or shared_pool()
         self._meter = meter or EncodingMeter()
         self._clock = clock
-        self._work_clock = work_clock
-        self._coder = ChunkCoder(encoding, self._pool, self._meter, work_clock)
+        self._cores = SharedCores(knobs.get_num_threads(), clock)
+        self._coder = ChunkCoder(encoding, self._pool, self._meter, self._cores)
         self._bases = bases if encoding != "raw" else None
         self._reads_bases = reads_bases
         self._reader = ChunkReader(store, pool=self._pool)
@@ -280,9 +279,10 @@ class ChunkWriter:
             return
         if self._encoding == "auto" and not self._meter.wants_copy(gain):
             return
-        begin = self._work_clock()
-        if self._bases.keep(ref, raw):
-            self._meter.record_copy(raw.nbytes, self._work_clock() - begin)
+        with self._cores.work() as work:
+            is_new = self._bases.keep(ref, raw)
+        if is_new:
+            self._meter.record_copy(raw.nbytes, work.seconds)
 
     def _put_together(self, members: Sequence[Member]) -> list[ChunkRef]:
         buffer = self._pool.acquire(sum(raw.nbytes + _MEMBER_ALIGNMENT for _, raw, _ in members))

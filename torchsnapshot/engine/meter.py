@@ -4,8 +4,8 @@ What lives here: the decision, from numbers that are handed in, and the numbers,
 for each disk or bucket (``meter_of``): a take that changes little puts too little to find them out. What doesn't:
 clocks, threads' work, bytes (``chunks.writer``).
 
-The rule, for chunks of one element width: a worker that encodes computes for ``encode`` seconds per raw byte and hands
-the store only the fraction ``ratio`` of the bytes, each of which takes it ``put`` seconds, under the load that the take
+The rule, for chunks of one element width: a worker that encodes spends ``encode`` seconds per raw byte and hands the
+store only the fraction ``ratio`` of the bytes, each of which takes it ``put`` seconds, under the load that the take
 itself causes. Encoding pays where ``encode < (1 - ratio) × put``. What is chosen is given up only when the other way is
 better by ``MARGIN``, and not before ``MIN_PUTS`` more puts were measured: with less load the store answers faster, so
 without the margin the choice would swing. While chunks are stored raw, one in ``PROBE_EVERY`` is encoded all the same,
