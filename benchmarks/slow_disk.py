@@ -55,7 +55,8 @@ def slow_disk(folder: Path) -> Iterator[Path]:
         finally:
             THROTTLE.write_text(f"{number} 0")
     finally:
-        _call("umount", str(place))
+        # lazily: what is still open there must not keep it mounted for ever, nor hide what went wrong before
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
 def _call(*command: str) -> None:

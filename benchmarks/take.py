@@ -134,6 +134,7 @@ def _lines(result: Result, names: list[str]) -> list[Line]:
                 note += f"; the codec alone takes {readable(coding)}"
             lines.append(against_limit(f"{name}, {encoding}: stores {stored}", median(series), factor, write, note))
         lines.append(faster_than(f"{name}, raw", median(what), 1, durable, "every durable peer"))
+    lines.append(Line("the codec alone, all cores", "", readable(coding), "", "", SHOWN))
     lines.append(Line("peers that leave the bytes in the page cache", "", "", cached, "", SHOWN))
     fixed = median("1 MB, unchanged")
     lines.append(

@@ -239,6 +239,9 @@ class TestLearning:
         assert kept.gain("model/layers.1.weight") == kept.gain("other/weight") == pytest.approx(0.4)
         assert kept.gain("optim/state/1/exp_avg") == 0.0
         assert kept.gain("model/layers.1.bias") is None
+        kept.record_gain("list/0", 0.3)
+        assert kept.gain("list/0") == pytest.approx(0.3)
+        assert kept.gain("another/0") is None
         kept.record_gain("model/layers.1.weight", 0.1)
         assert kept.gain("model/layers.1.weight") == pytest.approx(0.1)
         assert kept.gain("model/layers.0.weight") == pytest.approx(0.4)

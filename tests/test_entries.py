@@ -10,6 +10,7 @@ from typing import Any
 import msgpack
 import pytest
 import read_format
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from manifest_samples import chunk, entries, head, manifest, one_tree, reference_to, refs, table_of
@@ -45,6 +46,10 @@ from torchsnapshot.format.entries import (
 )
 from torchsnapshot.geometry.grid import Box, num_pieces, whole
 from torchsnapshot.geometry.placements import Placement, Sharding
+from torchsnapshot.reading.reads import Reading
+from torchsnapshot.reading.targets import Target
+from torchsnapshot.state.sharded import PlacedView
+from torchsnapshot.stats import Stats
 from torchsnapshot.store import bounded
 from torchsnapshot.store.envelope import pack_manifest
 
@@ -275,6 +280,17 @@ def test_what_breaks_a_rule_is_left_to_the_careful_reader(tensor: TensorEntry, p
     assert found is None or found == read_by_field(record)
     if found is not None:
         assert set(map(type, (*found.shape, *found.cell, found.nbytes))) == {int}
+
+
+def test_the_short_cut_keeps_the_limits_of_the_format() -> None:
+    """Fields that fit each other, but are larger than the format allows, are refused by the careful reader."""
+    num_rows = 1 << 40
+    fields = [2, "float32", [num_rows], [], [1], [[0, 0, num_rows, [0, num_rows]]], None, 0, False, 4 * num_rows]
+    assert entry_bytes.usual_tensor(bounded.pack(fields)) is None
+    assert read_by_field(bounded.pack(fields)) == "FormatError"
+    fields = [2, "float32", [1] * 65, [], [1] * 65, [[0, 0, 1, [0] * 65 + [1] * 65]], None, 0, False, 4]
+    assert entry_bytes.usual_tensor(bounded.pack(fields)) is None
+    assert read_by_field(bounded.pack(fields)) == "FormatError"
 
 
 def test_children_may_come_in_any_order() -> None:
@@ -652,3 +668,22 @@ def test_paths_cannot_grow_out_of_proportion(monkeypatch: pytest.MonkeyPatch) ->
     tree |= {path: LEAF for root, entry in list(tree.items()) for path in children(root, entry)}  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="far longer"):
         pack_entries(tree)
+
+
+def test_a_span_is_compared_with_its_table_before_pieces_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A span that its table does not have may claim billions of rows: none of their pieces is ever made."""
+    num_rows = 1 << 30
+    shards = (ShardEntry((whole((num_rows,)),), Span(0, 0, num_rows)),)
+    tensor = TensorEntry("uint8", (num_rows,), None, (1,), shards, None, "tensor", False, num_rows)
+
+    def refused(*_: object) -> None:
+        raise AssertionError("pieces are made")
+
+    monkeypatch.setattr("torchsnapshot.geometry.grid.cut", refused)
+    table = table_of(chunk(1))
+    data = pack_manifest(head(), (reference_to(table),), pack_entries({"0/a": tensor}))
+    stored = StoredManifest(data, lambda key: table.pack())
+    reading = Reading(None, stored, Stats())  # type: ignore[arg-type]
+    target = Target(torch.empty(0), [PlacedView(whole((num_rows,)), None)])  # type: ignore[arg-type]
+    with pytest.raises(FormatError, match="outside the chunk tables"):
+        reading.add_tensor("a", tensor, target)

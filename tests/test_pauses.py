@@ -33,6 +33,21 @@ def test_pause_ends_with_the_block() -> None:
     assert gc.isenabled()
 
 
+def test_pauses_do_not_prolong_each_other_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where pauses of several threads overlap, the collector gets its turn: a long one is not prolonged by the next."""
+    monkeypatch.setattr("torchsnapshot.pauses._MAX_SECONDS", 0.0)
+    one, other = collector_paused(), collector_paused()
+    one.__enter__()
+    other.__enter__()
+    assert not gc.isenabled()
+    one.__exit__(None, None, None)
+    assert gc.isenabled()
+    with collector_paused():
+        assert not gc.isenabled()
+        other.__exit__(None, None, None)
+        assert not gc.isenabled()
+
+
 def test_what_is_off_stays_off() -> None:
     """An application that collects when it wants keeps its choice."""
     gc.disable()

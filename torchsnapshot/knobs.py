@@ -209,8 +209,13 @@ def get_num_threads() -> int:
     explicit = _count(NUM_THREADS)
     if explicit is not None:
         return explicit
-    share = max(1, available_cores() // get_local_world_size())
+    share = get_num_cores()
     return min(share, _count(IO_CONCURRENCY) or share)
+
+
+def get_num_cores() -> int:
+    """This rank's share of the cores that the process may use, at least 1."""
+    return max(1, available_cores() // get_local_world_size())
 
 
 def get_num_workers(concurrency: int) -> int:

@@ -2,7 +2,9 @@
 
 The collector runs after so many new objects, walks over all that there are, and finds nothing: with tens of thousands
 of tensors that was half of the time that a take's planning took. What other threads leave in cycles meanwhile is
-collected a moment later. Only code that takes well under a second is to run in such a pause.
+collected a moment later. Only code that takes well under a second is to run in such a pause. Where pauses of several
+threads overlap all the time, the collector still gets its turn: a pause of ``_MAX_SECONDS`` is prolonged by
+nobody.
 """
 
 from __future__ import annotations
@@ -12,19 +14,25 @@ import os
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
+from time import monotonic
 
 _lock = threading.Lock()
 _num_pauses = 0
+_paused_at = 0.0
+
+_MAX_SECONDS = 0.5
 
 
 @contextmanager
 def collector_paused() -> Generator[None, None, None]:
     """Pause the cycle collector for the length of the block, or of the function that this decorates."""
-    global _num_pauses
+    global _num_pauses, _paused_at
     with _lock:
         # where the application has turned it off, it stays off
-        pauses = _num_pauses > 0 or gc.isenabled()
+        pauses = monotonic() - _paused_at < _MAX_SECONDS if _num_pauses else gc.isenabled()
         if pauses:
+            if not _num_pauses:
+                _paused_at = monotonic()
             _num_pauses += 1
             gc.disable()
     try:

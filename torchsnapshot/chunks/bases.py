@@ -83,7 +83,7 @@ class Bases:
         self._copies: OrderedDict[bytes, _Copy] = OrderedDict()
         self._cycles: dict[bytes, _Cycle] = {}
         self._gains: dict[str, float] = {}
-        self._gains_by_name: dict[str, float] = {}
+        self._gains_of_names: dict[str, float] = {}
         self._pool = BufferPool(0)
         self._budget = 0
         self._held_nbytes = 0
@@ -191,14 +191,16 @@ class Bases:
         what is a ``weight`` or an ``exp_avg`` in one layer changes much as it does in another.
         """
         found = self._gains.get(path)
-        return self._gains_by_name.get(_last_name(path)) if found is None else found
+        return self._gains_of_names.get(_last_name(path)) if found is None else found
 
     def record_gain(self, path: str, gain: float) -> None:
         """A sample at a path showed this."""
         with self._lock:
-            for gains, place in ((self._gains, path), (self._gains_by_name, _last_name(path))):
+            for gains, place in ((self._gains, path), (self._gains_of_names, _last_name(path))):
                 known = gains.get(place)
-                gains[place] = gain if known is None else known + (gain - known) * _LEARNING_RATE
+                # items of lists have numbers, which say nothing about other lists
+                if place and not place.isdecimal():
+                    gains[place] = gain if known is None else known + (gain - known) * _LEARNING_RATE
 
     # --- all below: with the lock held
 

@@ -80,7 +80,7 @@ class ChunkWriter:
         self._pool = pool or shared_pool()
         self._meter = meter or EncodingMeter()
         self._clock = clock
-        self._cores = SharedCores(knobs.get_num_threads(), clock)
+        self._cores = SharedCores(knobs.get_num_cores(), clock)
         self._coder = ChunkCoder(encoding, self._pool, self._meter, self._cores)
         self._bases = bases if encoding != "raw" else None
         self._reads_bases = reads_bases

@@ -29,8 +29,9 @@ import itertools
 import os
 import threading
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import CancelledError
+from contextlib import contextmanager
 from time import monotonic
 
 from torchsnapshot.engine.backlog import Backlog
@@ -99,6 +100,28 @@ class Run:
         with self._changed:
             return dict(self._num_kept)
 
+    @property
+    def is_staged(self) -> bool:
+        """Whether ``wait_staged`` would return at once."""
+        with self._changed:
+            return self._live_workers == 0 or self._all_staged()
+
+    @contextmanager
+    def stopped_by_errors(self) -> Generator[None, None, None]:
+        """A context for what whoever waits for the run does meanwhile.
+
+        An exception (Ctrl-C) cancels the run, waits for the steps that are running and goes on to the caller; a second
+        one goes to the caller at once.
+        """
+        try:
+            yield
+        except BaseException:
+            self.cancel()
+            with self._settled:
+                while self._live_workers:
+                    self._settled.wait()
+            raise
+
     def cancel(self) -> None:
         """Begin no further step. Returns at once; steps that run already come to their end."""
         self._check_process()
@@ -111,8 +134,7 @@ class Run:
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until every job is finished.
 
-        An exception that reaches the waiting thread (Ctrl-C) cancels the run, waits for the steps that are running and
-        goes on to the caller; a second one goes to the caller at once.
+        An exception that reaches the waiting thread is treated as ``stopped_by_errors`` says.
 
         Args:
             timeout: seconds; None = for ever.
@@ -130,20 +152,13 @@ class Run:
     def _wait(self, timeout: float | None, *, staged: bool) -> bool:
         self._check_process()
         deadline = None if timeout is None else monotonic() + timeout
-        try:
-            with self._settled:
-                while not (self._live_workers == 0 or (staged and self._all_staged())):
-                    left = None if deadline is None else deadline - monotonic()
-                    if left is not None and left <= 0:
-                        return False
-                    # in slices: a Ctrl-C that comes just before the lock is waited for would not be seen else
-                    self._settled.wait(_WAIT_SECONDS if left is None else min(left, _WAIT_SECONDS))
-        except BaseException:
-            self.cancel()
-            with self._settled:
-                while self._live_workers:
-                    self._settled.wait()
-            raise
+        with self.stopped_by_errors(), self._settled:
+            while not (self._live_workers == 0 or (staged and self._all_staged())):
+                left = None if deadline is None else deadline - monotonic()
+                if left is not None and left <= 0:
+                    return False
+                # in slices: a Ctrl-C that comes just before the lock is waited for would not be seen else
+                self._settled.wait(_WAIT_SECONDS if left is None else min(left, _WAIT_SECONDS))
         if self._error is not None:
             raise self._error
         return True

@@ -184,7 +184,8 @@ class LookJob:
         missing: list[WantedChunk] = []
         held_nbytes = 0
         for ref, wanted in self._members:
-            still = self._looking.still_wanted(ref, wanted)
+            with naming(wanted):
+                still = self._looking.still_wanted(ref, wanted)
             if still:
                 missing.append((ref, still))
             else:
@@ -249,7 +250,6 @@ class PackReadJob:
         """Wait for it and bring it."""
         self._read_and_bring(buffer, at_hand=False)
 
-    @collector_paused()
     def _read_and_bring(self, buffer: Buffer | None, *, at_hand: bool) -> bool:
         assert buffer is not None
         memory = buffer.memory(self.nbytes)
@@ -258,15 +258,19 @@ class PackReadJob:
         with naming(wanted):
             if not self._reader.read_range(first, first.offset, stored, at_hand=at_hand):
                 return False
+        self._bring(stored, memory[self._range_nbytes :])
+        return True
+
+    @collector_paused()
+    def _bring(self, stored: memoryview, space: memoryview) -> None:
+        start = self._members[0][0].offset
         for ref, wanted in self._members:
-            start = ref.offset - first.offset
-            space = memory[self._range_nbytes : self._range_nbytes + ref.nbytes]
+            offset = ref.offset - start
             with naming(wanted):
-                raw = self._reader.decode(ref, stored[start : start + ref.stored_nbytes], space)
+                raw = self._reader.decode(ref, stored[offset : offset + ref.stored_nbytes], space[: ref.nbytes])
             for sink, share in wanted:
                 sink.scatter(share, raw)
         self._counters.read([ref for ref, _ in self._members])
-        return True
 
 
 class naming:

@@ -16,7 +16,7 @@ from torchsnapshot import knobs
 from torchsnapshot.chunks.reader import ChunkReader
 from torchsnapshot.engine.pipeline import Mode, submit
 from torchsnapshot.errors import CorruptionError, FormatError, PartialRestoreError, SnapshotError
-from torchsnapshot.format.entries import OpaqueEntry, ShardedTensorEntry, Span, StoredManifest, TensorEntry, ValueEntry
+from torchsnapshot.format.entries import OpaqueEntry, ShardedTensorEntry, StoredManifest, TensorEntry, ValueEntry
 from torchsnapshot.geometry import grid
 from torchsnapshot.geometry.grid import Box
 from torchsnapshot.reading.read_jobs import Counters, Share, Sink, Wanted, read_jobs
@@ -86,8 +86,10 @@ class Reading:
                 self._inline.append((sink, Share(whole, view.box, None), entry.inline))
         elif isinstance(entry, TensorEntry) and len(target.views) == 1 and target.views[0].box == whole:
             for shard in entry.shards:
+                # first, as a span that its table does not have could claim any number of pieces
+                refs = self._manifest.refs(shard.span)
                 pieces = [piece for box in shard.boxes for piece in grid.cut(box, entry.cell, itemsize)]
-                self._want(sinks[0], shard.span, pieces)
+                self._want(sinks[0], refs, pieces)
         else:
             self._want_regions(path, entry, target, sinks, itemsize)
 
@@ -114,16 +116,16 @@ class Reading:
         memory = BytesMemory(entry.nbytes)
         sink = Sink(path, memory)
         pieces, offset = [], 0
-        for ref in self._manifest.refs(entry.span):
+        refs = self._manifest.refs(entry.span)
+        for ref in refs:
             pieces.append(grid.Piece(Box((offset,), (ref.nbytes,)), offset, ref.nbytes))
             offset += ref.nbytes
         if offset != entry.nbytes:
             raise FormatError(f"{self._manifest.where}: {path}: {entry.nbytes} bytes, but its chunks have {offset}")
-        self._want(sink, entry.span, pieces)
+        self._want(sink, refs, pieces)
         return memory.data
 
-    def _want(self, sink: Sink, span: Span, pieces: list[grid.Piece]) -> None:
-        refs = self._manifest.refs(span)
+    def _want(self, sink: Sink, refs: list[ChunkRef], pieces: list[grid.Piece]) -> None:
         if len(refs) != len(pieces) or any(r.nbytes != p.nbytes for r, p in zip(refs, pieces, strict=True)):
             raise FormatError(f"{self._manifest.where}: {sink.path}: its chunks are not those of its grid")
         for ref, piece in zip(refs, pieces, strict=True):

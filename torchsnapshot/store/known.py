@@ -18,6 +18,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 
 from torchsnapshot.errors import SnapshotError
 from torchsnapshot.store.envelope import ChunkRef, ManifestFile
@@ -30,6 +31,9 @@ logger = logging.getLogger(__name__)
 MAX_MANIFESTS = 16
 MAX_MANIFESTS_NBYTES = 64 << 20
 """How many of the newest manifests, and how many bytes of them, a new process reads to learn what the store holds."""
+
+BATCH_LENGTH = 16
+"""How many blobs are looked for at once: a fraction of a millisecond on a local disk."""
 
 LISTING_SECONDS = 3600.0
 """How long a listing of the blobs proves that they are there, on stores where a stat is not cheap."""
@@ -97,11 +101,21 @@ class Known:
         index = self._filled.index
         return not any(index.is_dropped(ref) or not self._may_reuse(ref) for ref in refs)
 
-    def look_for(self, refs: Iterable[ChunkRef]) -> None:
-        """See which blobs of these chunks are there, all at once where that is cheaper than one by one."""
-        wanted = {link.key: link for ref in refs for link in _links(ref) if link.key not in self._present}
-        for key, nbytes in self._repository.blob_sizes(wanted).items():
-            self._present[key] = nbytes == wanted[key].blob_nbytes
+    def look_for(self, refs: Iterable[ChunkRef], goes_on: Callable[[], bool] = lambda: True) -> None:
+        """See which blobs of these chunks are there, many at once where that is cheaper than one by one.
+
+        Args:
+            refs: chunks that may be asked about soon, by other threads at the same time too.
+            goes_on: asked before each batch; once it says no, the rest is left to who asks.
+        """
+        links = (link for ref in refs for link in _links(ref))
+        while goes_on():
+            batch = list(islice(links, BATCH_LENGTH))
+            if not batch:
+                return
+            wanted = {link.key: link for link in batch if link.key not in self._present}
+            for key, nbytes in self._repository.blob_sizes(wanted).items():
+                self._present[key] = nbytes == wanted[key].blob_nbytes
 
     def _may_reuse(self, ref: ChunkRef) -> bool:
         return all(link.key not in self._condemned and self._is_present(link) for link in _links(ref))

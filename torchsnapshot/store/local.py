@@ -256,7 +256,9 @@ class LocalBackend(Backend):
         return ObjectInfo(key, status.st_size, status.st_mtime)
 
     def sizes(self, keys: Sequence[str]) -> Mapping[str, int]:
-        """See ``Backend.sizes``."""
+        """See ``Backend.sizes``. Where another machine has the files, each would be waited for."""
+        if self.mount.coherence is not Coherence.LOCAL:
+            return {}
         found = sizes_of(map(self._path, keys))
         return {key: nbytes for key, nbytes in zip(keys, found, strict=True) if nbytes is not None}
 

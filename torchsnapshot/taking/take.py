@@ -201,7 +201,8 @@ class Take:
             run = self._run = submit_take(jobs, concurrency=concurrency, in_background=in_background, sizes=sizes)
             del jobs
             # the first bytes are being compared; workers that looked for each blob would take turns at Python's lock
-            known.look_for(refs)
+            with run.stopped_by_errors():
+                known.look_for(refs, lambda: not run.is_staged)
             wait_staged(run) if in_background else run.wait()
         self._work = _Work(session, parent, previous, known, plan, writer, blobs, run)
 
