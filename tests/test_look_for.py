@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from torchsnapshot import Snapshot, StateDict
+from torchsnapshot.engine.run import Run
 from torchsnapshot.store import known
 from torchsnapshot.store.envelope import ChunkRef
 from torchsnapshot.store.local import LocalBackend
@@ -44,6 +45,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return sizes(self, keys)
 
     monkeypatch.setattr(LocalBackend, "sizes", counted)
+    # however quick the workers are
+    monkeypatch.setattr(Run, "is_staged", False)
     return found
 
 
