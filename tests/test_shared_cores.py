@@ -59,6 +59,15 @@ def test_what_others_take_counts() -> None:
     assert work.seconds == 100
 
 
+def test_without_a_number_of_cores_the_clock_counts() -> None:
+    """Where what threads take from each other is taken from others too, it is not taken out."""
+    clock = Clock()
+    cores = SharedCores(None, clock)
+    with cores.work() as one, cores.work() as other:
+        clock.now += 10
+    assert (one.seconds, other.seconds) == (10, 10)
+
+
 def test_work_that_fails_is_no_longer_counted() -> None:
     """An error ends a piece of work like any other end."""
     clock = Clock()

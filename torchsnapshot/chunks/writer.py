@@ -21,7 +21,6 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from time import perf_counter
 
-from torchsnapshot import knobs
 from torchsnapshot.chunks.bases import GAINLESS, Bases, base_of
 from torchsnapshot.chunks.codecs import WORTHWHILE
 from torchsnapshot.chunks.coder import Against, ChunkCoder, codec_width
@@ -58,6 +57,8 @@ class ChunkWriter:
         bases: what is known of bases; without it no deltas are written.
         reads_bases: whether reading a base from the store is cheap enough for "auto".
         clock: seconds, for the meter.
+        num_cores: among how many cores the threads of a take share their work, for the meter. None: what they take from
+            each other counts as what the application takes from them.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class ChunkWriter:
         bases: Bases | None = None,
         reads_bases: bool = True,
         clock: Callable[[], float] = perf_counter,
+        num_cores: int | None = None,
     ) -> None:
         self._store = store
         self._take_id = take_id
@@ -80,7 +82,7 @@ class ChunkWriter:
         self._pool = pool or shared_pool()
         self._meter = meter or EncodingMeter()
         self._clock = clock
-        self._cores = SharedCores(knobs.get_num_cores(), clock)
+        self._cores = SharedCores(num_cores, clock)
         self._coder = ChunkCoder(encoding, self._pool, self._meter, self._cores)
         self._bases = bases if encoding != "raw" else None
         self._reads_bases = reads_bases

@@ -28,11 +28,11 @@ class SharedCores:
     """Times work that is done on the same cores. Any thread may use it.
 
     Args:
-        count: how many cores there are for it.
+        count: how many cores there are for it; None: it is timed by the clock alone.
         clock: seconds.
     """
 
-    def __init__(self, count: int, clock: Callable[[], float] = perf_counter) -> None:
+    def __init__(self, count: int | None, clock: Callable[[], float] = perf_counter) -> None:
         self._count = count
         self._clock = clock
         self._lock = threading.Lock()
@@ -55,7 +55,8 @@ class SharedCores:
         """One piece of work comes or goes: what each one that is there has been granted so far."""
         with self._lock:
             now = self._clock()
-            self._granted += (now - self._changed_at) / max(1.0, self._num_working / self._count)
+            share = 1.0 if self._count is None else max(1.0, self._num_working / self._count)
+            self._granted += (now - self._changed_at) / share
             self._changed_at = now
             self._num_working += change
             return self._granted

@@ -133,6 +133,8 @@ def chunk_writer(
         meter=meter_of(backend.device, is_local=backend.is_local, in_background=in_background),
         bases=bases,
         reads_bases=backend.is_local,
+        # in the background, cores that are scarce for the take's threads are scarce for training, too
+        num_cores=None if in_background else knobs.get_num_cores(),
     )
 
 
