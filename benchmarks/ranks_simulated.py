@@ -21,6 +21,7 @@ import xxhash
 from benchmarks.part import Options, run_part
 from benchmarks.report import Line, Result, megabytes, readable, verdict
 from torchsnapshot.coordination.messages import unpack
+from torchsnapshot.engine.groups import grouped
 from torchsnapshot.format.entries import ContainerEntry
 from torchsnapshot.geometry import grid
 from torchsnapshot.geometry.placements import Placement, Sharding
@@ -32,7 +33,7 @@ from torchsnapshot.state.flatten import ShardedLeaf, TensorLeaf
 from torchsnapshot.state.host_views import host_view
 from torchsnapshot.state.sharded import ShardedSource
 from torchsnapshot.store.envelope import ChunkRef, Head, pack_manifest
-from torchsnapshot.taking.plan import SMALL_CHUNK_NBYTES, Chunk, Leaf, TakePlan, grouped
+from torchsnapshot.taking.plan import GROUP_NBYTES, SMALL_CHUNK_NBYTES, Chunk, Leaf, TakePlan
 
 TAKE_ID = "0" * 24
 MAX_RANK_NBYTES = 64 << 10
@@ -105,7 +106,7 @@ def digest_at(take: str, path: str, piece: grid.Piece) -> bytes:
 def store(plan: TakePlan, rank: int) -> None:
     """Give every chunk a place, as putting it would have."""
     chunks = list(plan.chunks())
-    for group in grouped(chunk for chunk in chunks if chunk.nbytes < SMALL_CHUNK_NBYTES):
+    for group in grouped((chunk for chunk in chunks if chunk.nbytes < SMALL_CHUNK_NBYTES), GROUP_NBYTES):
         key, nbytes, offset = f"{os.urandom(16).hex()}-{TAKE_ID}-{rank}", sum(chunk.nbytes for chunk in group), 0
         for chunk in group:
             chunk.ref = ChunkRef(chunk.digest, chunk.nbytes, key, nbytes, offset, chunk.nbytes)

@@ -10,13 +10,14 @@ entries' spans valid in it; what a chunk's digest is, is proved when it is read.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 
 from torchsnapshot import knobs
 from torchsnapshot.chunks.reader import ChunkReader
 from torchsnapshot.chunks.writer import ChunkWriter
 from torchsnapshot.engine.buffers import Buffer
+from torchsnapshot.engine.groups import grouped
 from torchsnapshot.engine.pipeline import submit
 from torchsnapshot.format.entries import StoredManifest, pack_entries, spans_of
 from torchsnapshot.progress import NO_PROGRESS, Progress
@@ -106,7 +107,9 @@ class _Copying:
         self.progress.start("copying", sum(ref.nbytes for ref in missing))
         # as a take there would: what is smaller shares a blob
         small_nbytes = min(SMALL_CHUNK_NBYTES, self._target.chunk_nbytes)
-        jobs = [_CopyJob(group, self, refs, small_nbytes) for group in _groups(missing, small_nbytes)]
+        groups = [[ref] for ref in missing if ref.nbytes >= small_nbytes]
+        groups += grouped((ref for ref in missing if ref.nbytes < small_nbytes), GROUP_NBYTES)
+        jobs = [_CopyJob(group, self, refs, small_nbytes) for group in groups]
         if jobs:
             submit(
                 jobs,
@@ -165,23 +168,6 @@ class _CopyJob:
                 put = writer.put_pack(chunks) if chunks else []
             self._refs.update(((ref.digest, ref.nbytes), ref) for ref in put)
         self._copying.progress.advance(self.nbytes)
-
-
-def _groups(refs: Iterable[ChunkRef], small_nbytes: int) -> Iterator[list[ChunkRef]]:
-    """Large chunks alone, small ones together."""
-    group: list[ChunkRef] = []
-    nbytes = 0
-    for ref in refs:
-        if ref.nbytes >= small_nbytes:
-            yield [ref]
-            continue
-        if group and nbytes + ref.nbytes > GROUP_NBYTES:
-            yield group
-            group, nbytes = [], 0
-        group.append(ref)
-        nbytes += ref.nbytes
-    if group:
-        yield group
 
 
 def _table(refs: Iterable[ChunkRef]) -> ChunkTable:

@@ -196,11 +196,11 @@ class Bases:
     def record_gain(self, path: str, gain: float) -> None:
         """A sample at a path showed this."""
         with self._lock:
-            for gains, place in ((self._gains, path), (self._gains_of_names, _last_name(path))):
-                known = gains.get(place)
-                # items of lists have numbers, which say nothing about other lists
-                if place and not place.isdecimal():
-                    gains[place] = gain if known is None else known + (gain - known) * _LEARNING_RATE
+            _learn(self._gains, path, gain)
+            name = _last_name(path)
+            # items of lists have numbers, which say nothing about other lists
+            if not name.isdecimal():
+                _learn(self._gains_of_names, name, gain)
 
     # --- all below: with the lock held
 
@@ -235,6 +235,11 @@ class Bases:
     def _free(self, buffer: Buffer) -> None:
         self._held_nbytes -= buffer.nbytes
         buffer.release()
+
+
+def _learn(gains: dict[str, float], place: str, gain: float) -> None:
+    known = gains.get(place)
+    gains[place] = gain if known is None else known + (gain - known) * _LEARNING_RATE
 
 
 def _last_name(path: str) -> str:

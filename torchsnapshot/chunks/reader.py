@@ -162,10 +162,12 @@ class ChunkReader:
         if out.nbytes != ref.nbytes or stored.nbytes != ref.stored_nbytes:
             raise ValueError(f"{stored.nbytes} and {out.nbytes} bytes for {ref.stored_nbytes} stored, {ref.nbytes} raw")
         _chain(ref)
-        if ref.form is Form.RAW and digest_of(stored) == ref.digest:
-            return stored
-        if ref.base is not None or _unpack(ref, stored, out, has_base=False):
-            self.read_into(ref, out, path=path)
+        if ref.form is Form.RAW:
+            if digest_of(stored) == ref.digest:
+                return stored
+        elif ref.base is None and _unpack(ref, stored, out, has_base=False) is None:
+            return out
+        self.read_into(ref, out, path=path)
         return out
 
     def _read_chain(
@@ -228,11 +230,11 @@ def _chain(ref: ChunkRef) -> list[ChunkRef]:
 
 
 def _unpack(ref: ChunkRef, stored: memoryview, out: memoryview, *, has_base: bool) -> SnapshotError | None:
-    """Stored bytes → checked raw bytes in ``out``, which holds the base's if there is one. Returns what is wrong."""
-    if ref.form is Form.RAW:
-        if stored is not out:
-            out[:] = stored
-    else:
+    """Stored bytes → checked raw bytes in ``out``, which holds the base's if there is one. Returns what is wrong.
+
+    Those of a raw chunk are in ``out`` already.
+    """
+    if ref.form is not Form.RAW:
         try:
             decode_into(stored, out, out if has_base else None)
         except NewerFormatError as error:

@@ -28,6 +28,14 @@ DEFAULT_BUDGET_NBYTES = 256 << 20
 """Buffer bytes of a run whose caller names no budget."""
 
 
+def apart(jobs: Iterable[Job]) -> tuple[list[Job], list[Job]]:
+    """Those that need a buffer, and those that don't, which ``submit`` takes as ``beside``: as long as others wait for
+    the store, the cores have something to do.
+    """
+    every = list(jobs)
+    return [job for job in every if job.nbytes], [job for job in every if not job.nbytes]
+
+
 def submit(
     jobs: Iterable[Job],
     *,

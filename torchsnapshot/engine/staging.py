@@ -24,7 +24,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torchsnapshot import knobs
 from torchsnapshot.engine.buffers import BufferPool, shared_pool, size_class
-from torchsnapshot.engine.pipeline import Job, Mode, Run, submit
+from torchsnapshot.engine.pipeline import Job, Mode, Run, apart, submit
 from torchsnapshot.engine.priority import lower_priority
 
 _BUFFERS_PER_WORKER = 2
@@ -72,10 +72,10 @@ def submit_take(
         allowed = _allowed(wanted, pool)
         budget = staging_budget(allowed, budget, pool.warm_nbytes(wanted))
     mode = Mode.STAGE_FIRST if in_background else Mode.THROUGH
+    staged, beside = apart(jobs)
     return submit(
-        [job for job in jobs if job.nbytes],
-        # the cores compare while others wait for the store
-        beside=[job for job in jobs if not job.nbytes],
+        staged,
+        beside=beside,
         num_workers=num_workers,
         num_staging=knobs.get_num_threads(),
         budget=budget,

@@ -22,6 +22,7 @@ from torchsnapshot.chunks.writer import Encoding
 from torchsnapshot.coordination.distributed import Group
 from torchsnapshot.coordination.messages import unpack, unsqueeze
 from torchsnapshot.coordination.sessions import Session
+from torchsnapshot.engine.groups import grouped
 from torchsnapshot.engine.pipeline import Job
 from torchsnapshot.errors import SnapshotError
 from torchsnapshot.format.entries import ContainerEntry
@@ -38,7 +39,7 @@ from torchsnapshot.stats import Stats
 from torchsnapshot.store.known import Known
 from torchsnapshot.store.leases import Evidence
 from torchsnapshot.store.repository import Repository
-from torchsnapshot.taking.plan import Chunk, Leaf, TakePlan, grouped
+from torchsnapshot.taking.plan import GROUP_NBYTES, Chunk, Leaf, TakePlan
 
 MAX_SHOWN = 20
 """So many leaves that are not equal are named in an error."""
@@ -172,7 +173,7 @@ class Exchange:
 
     def _hash(self, chunks: Sequence[Chunk], known: Known | None) -> None:
         small = (chunk for chunk in chunks if chunk.nbytes < self._small_nbytes)
-        jobs = [HashJob(group, known) for group in grouped(small)]
+        jobs = [HashJob(group, known) for group in grouped(small, GROUP_NBYTES)]
         jobs += [HashJob([chunk], known) for chunk in chunks if chunk.nbytes >= self._small_nbytes]
         self._stats.hashed_nbytes += sum(chunk.nbytes for chunk in chunks)
         if jobs:

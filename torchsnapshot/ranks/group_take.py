@@ -28,6 +28,7 @@ from torchsnapshot.chunks.writer import ChunkWriter
 from torchsnapshot.coordination.distributed import Group
 from torchsnapshot.coordination.messages import CoordinationLost, pack, squeeze, unpack, unsqueeze
 from torchsnapshot.coordination.sessions import Session
+from torchsnapshot.engine.groups import grouped
 from torchsnapshot.engine.pipeline import Job, Run, submit
 from torchsnapshot.engine.staging import get_memory_ready, submit_take, wait_staged, warm_up
 from torchsnapshot.errors import CommitUnknownError, LeaseLostError, SnapshotError
@@ -49,7 +50,7 @@ from torchsnapshot.store.leases import Evidence, check_lease_is_there, read_cond
 from torchsnapshot.store.locate import open_backend
 from torchsnapshot.store.repository import Repository
 from torchsnapshot.taking import history
-from torchsnapshot.taking.plan import SMALL_CHUNK_NBYTES, Chunk, TakePlan, grouped
+from torchsnapshot.taking.plan import GROUP_NBYTES, SMALL_CHUNK_NBYTES, Chunk, TakePlan
 from torchsnapshot.taking.planning import TakenState
 from torchsnapshot.taking.take import TakeOptions, chunk_writer
 
@@ -199,7 +200,7 @@ class GroupTake:
             if chunk.ref is None and content in work.exchanged.own:
                 first.setdefault(content, chunk)
         small = [chunk for chunk in first.values() if chunk.nbytes < small_nbytes]
-        jobs: list[Job] = [PutPackJob(group, work.writer) for group in grouped(small)]
+        jobs: list[Job] = [PutPackJob(group, work.writer) for group in grouped(small, GROUP_NBYTES)]
         jobs += [PutJob(chunk, work.known, work.writer) for chunk in first.values() if chunk.nbytes >= small_nbytes]
         return submit_take(jobs, concurrency=work.agreed.repository.backend.concurrency, in_background=in_background)
 

@@ -18,6 +18,7 @@ from typing import Protocol
 
 from torchsnapshot.chunks.reader import ChunkReader, digest_of
 from torchsnapshot.engine.buffers import Buffer
+from torchsnapshot.engine.groups import LOOK_NBYTES, grouped
 from torchsnapshot.engine.job import Job
 from torchsnapshot.errors import SnapshotError
 from torchsnapshot.geometry.grid import Box, Piece
@@ -30,9 +31,6 @@ MAX_RANGE_NBYTES = 8 << 20
 
 MAX_GAP_NBYTES = 64 << 10
 """Bytes of a pack that nobody wants are read all the same if that saves a request: about what one takes to set up."""
-
-LOOK_NBYTES = 16 << 20
-"""How much one look compares: little enough that cores which share a state come to its end together."""
 
 
 class Memory(Protocol):
@@ -313,8 +311,8 @@ def read_jobs(chunks: Iterable[WantedChunk], reader: ChunkReader, counters: Coun
         pack.sort(key=lambda chunk: chunk[0].offset)
         jobs += [LookJob(pack, looking, counters, together)] if any(map(_may_hold, pack)) else together(pack)
     jobs += one_by_one([chunk for chunk in whole if not _may_hold(chunk)])
-    looked_at = filter(_may_hold, whole)
-    jobs += [LookJob(group, looking, counters, one_by_one) for group in _grouped(looked_at)]
+    groups = grouped(filter(_may_hold, whole), LOOK_NBYTES, lambda chunk: chunk[0].nbytes)
+    jobs += [LookJob(group, looking, counters, one_by_one) for group in groups]
     return jobs
 
 
@@ -322,21 +320,6 @@ def _may_hold(chunk: WantedChunk) -> bool:
     """Whether there is anything to look at."""
     _, wanted = chunk
     return any(sink.looks for sink, _ in wanted)
-
-
-def _grouped(chunks: Iterable[WantedChunk]) -> Iterator[list[WantedChunk]]:
-    """Chunks in groups of at most ``LOOK_NBYTES``, or of one that is larger."""
-    group: list[WantedChunk] = []
-    nbytes = 0
-    for chunk in chunks:
-        ref, _ = chunk
-        if group and nbytes + ref.nbytes > LOOK_NBYTES:
-            yield group
-            group, nbytes = [], 0
-        group.append(chunk)
-        nbytes += ref.nbytes
-    if group:
-        yield group
 
 
 def _neighbours(members: Iterable[WantedChunk]) -> Iterator[list[WantedChunk]]:

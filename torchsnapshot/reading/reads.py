@@ -14,7 +14,7 @@ from typing import Any
 
 from torchsnapshot import knobs
 from torchsnapshot.chunks.reader import ChunkReader
-from torchsnapshot.engine.pipeline import Mode, submit
+from torchsnapshot.engine.pipeline import Mode, apart, submit
 from torchsnapshot.errors import CorruptionError, FormatError, PartialRestoreError, SnapshotError
 from torchsnapshot.format.entries import OpaqueEntry, ShardedTensorEntry, StoredManifest, TensorEntry, ValueEntry
 from torchsnapshot.geometry import grid
@@ -167,14 +167,13 @@ class Reading:
 
     def _read(self, budget_nbytes: int | None) -> None:
         reader = ChunkReader(self._repository, is_alone=knobs.get_local_world_size() == 1)
-        jobs = read_jobs(self._wanted.values(), reader, Counters(self.stats))
+        jobs, looks = apart(read_jobs(self._wanted.values(), reader, Counters(self.stats)))
         for sink, share, data in self._inline:
             sink.scatter(share, memoryview(data))
-        if jobs:
+        if jobs or looks:
             submit(
-                [job for job in jobs if job.nbytes],
-                # the cores look while others wait for the store
-                beside=[job for job in jobs if not job.nbytes],
+                jobs,
+                beside=looks,
                 num_workers=knobs.get_num_workers(self._repository.backend.concurrency),
                 num_staging=knobs.get_num_threads(),
                 budget=budget_nbytes or knobs.get_memory_budget_bytes(),

@@ -235,7 +235,7 @@ def _reader(stateful: Stateful, state: Any, path: str, options: RestoreOptions) 
         options.rank,
         options.world_size,
         mesh or None,
-        _Places(path, state).__contains__,
+        _Places(path, state),
         lambda where: parameter_of(where) is not None,
         is_optimizer,
         isinstance(stateful, RNGState),
@@ -249,7 +249,7 @@ class _Places:
         self._path = path
         self._state = state
 
-    def __contains__(self, path: str) -> bool:
+    def __contains__(self, path: object) -> bool:
         return path in self._paths
 
     @cached_property

@@ -13,7 +13,7 @@ stage.
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,7 +41,7 @@ class Reader:
         rank: in its group.
         world_size: how many ranks read.
         mesh: over which ranks of the group the tensors are spread that it has a part of; None: there are none.
-        has: whether its state has a place, by path.
+        paths: all places of its state.
         makes: whether it can make a place that it does not have yet, by path.
         is_numbered: names are numbers that begin anew on every stage, as those of a torch optimizer.
         is_random_state: it is an ``RNGState``.
@@ -50,14 +50,14 @@ class Reader:
     rank: int
     world_size: int
     mesh: Ranks | None = None
-    has: Callable[[str], bool] = lambda _: False
+    paths: Container[str] = ()
     makes: Callable[[str], bool] = lambda _: False
     is_numbered: bool = False
     is_random_state: bool = False
 
     def has_place(self, path: str) -> bool:
         """Whether there is a place for a leaf, or there will be."""
-        return self.has(path) or self.makes(path)
+        return path in self.paths or self.makes(path)
 
     @property
     def is_staged(self) -> bool:

@@ -10,10 +10,11 @@ only on the state's structure, so that two takes of one state cut and pack alike
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Protocol
 
+from torchsnapshot.engine.groups import grouped
 from torchsnapshot.format.entries import (
     ContainerEntry,
     Entry,
@@ -232,7 +233,7 @@ def plan_of_leaves(leaves: list[Leaf], small_nbytes: int) -> TakePlan:
     return TakePlan(
         leaves,
         [chunk for chunk in chunks if chunk.nbytes >= small_nbytes],
-        list(grouped(chunk for chunk in chunks if chunk.nbytes < small_nbytes)),
+        list(grouped((chunk for chunk in chunks if chunk.nbytes < small_nbytes), GROUP_NBYTES)),
         chunked_nbytes + inline_nbytes,
         chunked_nbytes,
         small_nbytes,
@@ -293,32 +294,6 @@ def row_length(sizes: Sequence[int]) -> int:
         if length >= MIN_ROW_LENGTH:
             break
     return length
-
-
-class Sized(Protocol):
-    """What has a size."""
-
-    @property
-    def nbytes(self) -> int:
-        """Raw size in bytes."""
-
-
-_Sized = TypeVar("_Sized", bound=Sized)
-
-
-def grouped(chunks: Iterable[_Sized], max_nbytes: int | None = None) -> Iterator[list[_Sized]]:
-    """Chunks in groups of at most so many bytes (``GROUP_NBYTES``), or of one that is larger; in their order."""
-    max_nbytes = max_nbytes or GROUP_NBYTES
-    group: list[_Sized] = []
-    nbytes = 0
-    for chunk in chunks:
-        if group and nbytes + chunk.nbytes > max_nbytes:
-            yield group
-            group, nbytes = [], 0
-        group.append(chunk)
-        nbytes += chunk.nbytes
-    if group:
-        yield group
 
 
 def build_entries(plan: TakePlan, rank: int) -> tuple[dict[str, Entry], ChunkTable]:

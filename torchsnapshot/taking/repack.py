@@ -19,6 +19,7 @@ from dataclasses import replace
 from torchsnapshot import knobs
 from torchsnapshot.chunks.reader import ChunkReader
 from torchsnapshot.chunks.writer import ChunkWriter
+from torchsnapshot.engine.groups import grouped
 from torchsnapshot.engine.pipeline import submit
 from torchsnapshot.geometry.grid import Box, Piece
 from torchsnapshot.pauses import collector_paused
@@ -27,7 +28,7 @@ from torchsnapshot.reading.reads import BytesMemory
 from torchsnapshot.stats import Stats
 from torchsnapshot.store.envelope import ChunkRef
 from torchsnapshot.store.repository import Repository
-from torchsnapshot.taking.plan import Chunk, Leaf, TakePlan, grouped
+from torchsnapshot.taking.plan import GROUP_NBYTES, Chunk, Leaf, TakePlan
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ def move(chunks: Sequence[Chunk], repository: Repository, writer: ChunkWriter) -
     once = list({(chunk.ref.digest, chunk.nbytes): chunk for chunk in chunks if chunk.ref is not None}.values())
     moved: dict[tuple[bytes, int], ChunkRef] = {}
     try:
-        for group in grouped(once):
+        for group in grouped(once, GROUP_NBYTES):
             for ref in _move_group(group, repository, writer):
                 moved[ref.digest, ref.nbytes] = ref
     except RuntimeError as error:

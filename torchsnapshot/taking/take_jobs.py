@@ -16,17 +16,15 @@ from collections.abc import Callable, Sequence
 from torchsnapshot.chunks.reader import digest_of
 from torchsnapshot.chunks.writer import ChunkWriter
 from torchsnapshot.engine.buffers import Buffer
+from torchsnapshot.engine.groups import LOOK_NBYTES, grouped
 from torchsnapshot.engine.pipeline import Job
 from torchsnapshot.store.envelope import ChunkRef
 from torchsnapshot.store.known import Known
 from torchsnapshot.taking.expected import Expected, ExpectedChunk, differing
-from torchsnapshot.taking.plan import Chunk, TakePlan, grouped
+from torchsnapshot.taking.plan import Chunk, TakePlan
 
 NUM_AHEAD = 16
 """How many large chunks are staged before small ones: enough to keep a store busy meanwhile."""
-
-LOOK_NBYTES = 16 << 20
-"""How much one look compares: little enough that cores which share a state come to its end together."""
 
 
 def _holds_still(chunk: Chunk, known: Known) -> bool:
