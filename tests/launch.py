@@ -61,16 +61,20 @@ class Outcome:
     """For each function that ended: what it returned, or a ``Raised``."""
     output: str
 
+    def __str__(self) -> str:
+        raised = [result.traceback for result in self.results if isinstance(result, Raised)]
+        return "\n".join([f"rank {self.rank} ended with {self.exit_code}:", *raised, self.output])
+
     def result(self, position: int = 0) -> Any:
         """What the function at this position returned; fails if it raised or was not reached."""
-        assert position < len(self.results), f"rank {self.rank} ended with {self.exit_code}:\n{self.output}"
+        assert position < len(self.results), str(self)
         result = self.results[position]
         assert not isinstance(result, Raised), f"rank {self.rank}:\n{result.traceback}\n{self.output}"
         return result
 
     def raised(self, position: int = 0) -> Raised:
         """What the function at this position raised."""
-        assert position < len(self.results), f"rank {self.rank} ended with {self.exit_code}:\n{self.output}"
+        assert position < len(self.results), str(self)
         result = self.results[position]
         assert isinstance(result, Raised), f"rank {self.rank} returned {result!r}\n{self.output}"
         return result
@@ -161,8 +165,8 @@ def started(
 
 def succeed(outcomes: Sequence[Outcome]) -> list[Outcome]:
     """The same outcomes, after seeing that every process ended by itself and well."""
-    for outcome in outcomes:
-        assert outcome.exit_code == 0, f"rank {outcome.rank} ended with {outcome.exit_code}:\n{outcome.output}"
+    # of every rank: what one of them waits for in vain is known to another
+    assert all(outcome.exit_code == 0 for outcome in outcomes), "\n\n".join(map(str, outcomes))
     return list(outcomes)
 
 
