@@ -123,13 +123,14 @@ class Fault:
 class FaultProxy:
     """Forwards to a server; ``decide(method, path)`` may return a fault for a request. Records what it has seen.
 
-    ``authorizations`` are the requests' headers of that name.
+    ``authorizations`` are the requests' headers of that name, ``num_connections`` those that were ever made to it.
     """
 
     target: str
     decide: Callable[[str, str], Fault | None] = lambda method, path: None
     seen: list[tuple[str, str]] = field(default_factory=list)
     authorizations: set[str] = field(default_factory=set)
+    num_connections: int = 0
     url: str = ""
 
     def fail_next(self, count: int, fault: Fault, *, method: str = "", contains: str = "") -> None:
@@ -155,6 +156,10 @@ def fault_proxy(target: str) -> Iterator[FaultProxy]:
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+
+        def setup(self) -> None:
+            proxy.num_connections += 1
+            super().setup()
 
         def handle_any(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))

@@ -73,6 +73,9 @@ PURE = [
     "store.gcplan",
     "state.values",
 ]
+CLIENTS_OF_EVENT_LOOPS = {"store.s3_files"}
+"""Modules that speak to a library on its own event loop, where an answer can be had piece by piece only there."""
+
 IMPURE = {"asyncio", "io", "os", "pathlib", "random", "shutil", "socket", "subprocess", "tempfile", "threading", "time"}
 """Modules of I/O, clocks, chance and threads, which pure modules do without."""
 
@@ -198,11 +201,12 @@ def test_imports_stand_at_the_top(module: str) -> None:
 
 @pytest.mark.parametrize("module", FILES)
 def test_modules_and_functions_are_small(module: str) -> None:
-    """No module has more than 400 lines, no function more than 60 (its docstring aside), no function is async."""
+    """No module has more than 400 lines, no function more than 60 (its docstring aside); work is done by threads."""
     lines = len(FILES[module].read_text().splitlines())
     assert lines <= MAX_LINES
     for function in functions(TREES[module]):
-        assert isinstance(function, ast.FunctionDef), f"{module}:{function.lineno}: threads, no async def"
+        is_client = module in CLIENTS_OF_EVENT_LOOPS
+        assert is_client or isinstance(function, ast.FunctionDef), f"{module}:{function.lineno}: threads, no async def"
         first = (
             function.body[1] if ast.get_docstring(function) is not None and len(function.body) > 1 else function.body[0]
         )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import fsspec
+import fsspec.asyn
 import pytest
 from conftest import StoreUrl, s3_options
 from servers import Fault, FaultProxy, fault_proxy, free_port
@@ -309,6 +310,70 @@ class TestListings:
             proxy.seen.clear()
             request()
             assert len(proxy.seen) == 1
+
+
+class TestReadInto:
+    CONTENT = os.urandom(3_000_000)
+
+    @pytest.mark.parametrize(("start", "nbytes"), [(0, 3_000_000), (0, 1), (2_999_999, 1), (1_234_567, 1_500_000)])
+    @pytest.mark.parametrize("has_ranges", [True, False])
+    def test_the_wanted_bytes(
+        self, proxied: tuple[RemoteBackend, FaultProxy], start: int, nbytes: int, has_ranges: bool
+    ) -> None:
+        """Memory is filled by one request, and no byte beside it, also by a server that sends the whole object."""
+        backend, proxy = proxied
+        backend.put("key", self.CONTENT)
+        if not has_ranges:
+            proxy.fail_next(1, Fault(status=200, body=self.CONTENT), method="GET")
+        memory = bytearray(nbytes + 20)
+        proxy.seen.clear()
+        assert backend.read_into("key", start, memoryview(memory)[10:-10])
+        assert len(proxy.seen) == 1
+        assert bytes(memory) == bytes(10) + self.CONTENT[start : start + nbytes] + bytes(10)
+
+    @pytest.mark.parametrize("start", [2_999_990, 3_000_000, 4_000_000])
+    @pytest.mark.parametrize("has_ranges", [True, False])
+    def test_an_object_that_ends_too_soon(
+        self, proxied: tuple[RemoteBackend, FaultProxy], start: int, has_ranges: bool
+    ) -> None:
+        """Fewer bytes than were asked for are an error that says how many there are."""
+        backend, proxy = proxied
+        backend.put("key", self.CONTENT)
+        if not has_ranges:
+            proxy.fail_next(1, Fault(status=200, body=self.CONTENT), method="GET")
+        with pytest.raises(StoreError, match=f"too short: 20 bytes .* offset {start}, and {max(0, 3_000_000 - start)}"):
+            backend.read_into("key", start, memoryview(bytearray(20)))
+
+    def test_connections_are_kept(self, s3_proxied: tuple[RemoteBackend, FaultProxy]) -> None:
+        """What has been read to its end leaves its connection to the next request."""
+        backend, proxy = s3_proxied
+        backend.put("key", self.CONTENT)
+        memory = memoryview(bytearray(2_000_000))
+        backend.read_into("key", 5, memory)
+        before = proxy.num_connections
+        for _ in range(10):
+            backend.read_into("key", 5, memory)
+        assert proxy.num_connections == before
+
+    def test_nothing_is_written_after_an_interrupt(self, s3_url: StoreUrl, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A request that goes on although its caller was interrupted no longer touches the caller's memory."""
+        url, options = s3_url
+        backend = RemoteBackend(url, options, retry=QUICK)
+        backend.put("key", self.CONTENT)
+        loop, pending = backend._files._fs.loop, []  # type: ignore[attr-defined]
+
+        def interrupted(loop: object, function: Any, *args: Any) -> None:
+            pending.append(function(*args))
+            raise KeyboardInterrupt
+
+        memory = bytearray(1000)
+        with monkeypatch.context() as patched:
+            patched.setattr(fsspec.asyn, "sync", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                backend.read_into("key", 0, memoryview(memory))
+        with pytest.raises(ValueError, match="released memoryview"):
+            asyncio.run_coroutine_threadsafe(pending[0], loop).result(60)
+        assert memory == bytes(1000)
 
 
 class TestClearErrors:

@@ -114,11 +114,8 @@ class RemoteBackend(Backend):
     def read(self, key: str, start: int = 0, nbytes: int | None = None) -> bytes:
         """See ``Backend.read``."""
         data = self._get(key, start, nbytes)
-        if nbytes is not None and len(data) < nbytes:
-            raise StoreError(
-                f"{self.url}: {key!r} is too short: {nbytes} bytes were asked for from offset {start}, and {len(data)} "
-                "are there. It was truncated after it was written: verify the snapshots of this store"
-            )
+        if nbytes is not None:
+            self._check_length(key, start, nbytes, len(data))
         return data
 
     def read_head(self, key: str, nbytes: int) -> bytes:
@@ -132,8 +129,20 @@ class RemoteBackend(Backend):
         if at_hand:
             return False
         view = buffer.cast("B")
-        view[:] = self.read(key, start, view.nbytes)
+        if not view.nbytes:
+            self.read(key, start, 0)
+            return True
+        self._check(key)
+        found = self._call_for("read", key, lambda: self._files.get_into(key, start, view))
+        self._check_length(key, start, view.nbytes, found)
         return True
+
+    def _check_length(self, key: str, start: int, wanted: int, found: int) -> None:
+        if found < wanted:
+            raise StoreError(
+                f"{self.url}: {key!r} is too short: {wanted} bytes were asked for from offset {start}, and {found} "
+                "are there. It was truncated after it was written: verify the snapshots of this store"
+            )
 
     def _get(self, key: str, start: int, nbytes: int | None) -> bytes:
         self._check(key)

@@ -55,6 +55,18 @@ class RemoteFiles(ABC):
     def get(self, key: str, start: int, end: int | None) -> bytes:
         """Bytes ``start`` to ``end`` (exclusive; None = the end); fewer where the object is shorter."""
 
+    def get_into(self, key: str, start: int, memory: memoryview) -> int:
+        """Fill memory with the object's bytes from ``start``; returns how many there were, if it is longer than that.
+
+        Nothing is written to ``memory`` once this has returned or raised.
+        """
+        data = self.get(key, start, start + memory.nbytes)
+        if len(data) > memory.nbytes:
+            # a server without ranges: the whole object came
+            data = data[start : start + memory.nbytes]
+        memory[: len(data)] = data
+        return len(data)
+
     @abstractmethod
     def info(self, key: str) -> ObjectInfo:
         """Size and time; ``FileNotFoundError`` where there is no such object."""
