@@ -12,8 +12,11 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from torchsnapshot.engine.buffers import Buffer, BufferPool, size_class
 from torchsnapshot.engine.pipeline import Job, Mode, Run, submit
@@ -96,6 +99,73 @@ def record(pool: BufferPool) -> Record:
 def fail() -> None:
     """A step that goes wrong."""
     raise OSError("broken")
+
+
+class Plan(NamedTuple):
+    """A job to be made: pages of buffer, whether it needs ``finish``, how long its steps sleep, what it finds."""
+
+    num_pages: int
+    needs_finish: bool
+    seconds: tuple[float, float]
+    found: tuple[Plan, ...] = ()
+
+
+class Planned:
+    """A job that sleeps in its steps and may find others."""
+
+    def __init__(self, plan: Plan, carried: list[str]) -> None:
+        self.nbytes = plan.num_pages * PAGE
+        self._plan = plan
+        self._carried = carried
+
+    def stage(self, buffer: Buffer | None) -> bool | list[Job]:
+        """First step."""
+        time.sleep(self._plan.seconds[0])
+        self._carried.append("staged")
+        if self._plan.found:
+            return [Planned(plan, self._carried) for plan in self._plan.found]
+        return self._plan.needs_finish
+
+    def finish(self, buffer: Buffer | None) -> None:
+        """Second step."""
+        time.sleep(self._plan.seconds[1])
+        self._carried.append("finished")
+
+
+PAUSES = st.sampled_from([0.0, 0.0, 0.0002, 0.001])
+SHAPES = (st.integers(0, 4), st.booleans(), st.tuples(PAUSES, PAUSES))
+LEAVES = st.builds(Plan, *SHAPES, st.just(()))
+PLANS = st.builds(Plan, *SHAPES, st.lists(LEAVES, max_size=4).map(tuple))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    jobs=st.lists(PLANS, max_size=12),
+    beside=st.lists(PLANS.map(lambda plan: plan._replace(num_pages=0)), max_size=4),
+    num_workers=st.integers(1, 6),
+    num_staging=st.none() | st.integers(1, 6),
+    budget=st.integers(1, 8),
+    mode=st.sampled_from(Mode),
+)
+def test_every_run_comes_to_its_end(
+    jobs: list[Plan], beside: list[Plan], num_workers: int, num_staging: int | None, budget: int, mode: Mode
+) -> None:
+    """No worker sleeps while there is a step for it: whatever jobs there are, all steps are carried, once each."""
+    pool, carried = BufferPool(), []
+    run = submit(
+        [Planned(plan, carried) for plan in jobs],
+        beside=[Planned(plan, carried) for plan in beside],
+        num_workers=num_workers,
+        num_staging=num_staging,
+        budget=budget * PAGE,
+        mode=mode,
+        pool=pool,
+    )
+    assert run.wait(timeout=20), "workers wait for each other"
+    every = [each for plan in (*jobs, *beside) for each in (plan, *plan.found)]
+    assert carried.count("staged") == len(every)
+    assert carried.count("finished") == sum(plan.needs_finish and not plan.found for plan in every)
+    assert pool.lent_nbytes == 0
 
 
 @pytest.mark.parametrize("mode", Mode)
@@ -287,6 +357,20 @@ def test_what_was_found_is_dropped_after_an_error(record: Record) -> None:
 
 
 @pytest.mark.parametrize("mode", Mode)
+def test_memory_that_comes_back_wakes_all_for_whom_it_is_enough(record: Record, mode: Mode) -> None:
+    """Workers that wait for one large job's memory all go on when it comes back, although that job wakes only one."""
+    together = threading.Barrier(4)
+
+    def meet() -> None:
+        together.wait(timeout=60)
+
+    large = Numbered(record, 0, 4 * PAGE, needs_finish=False, in_stage=lambda: time.sleep(0.05))
+    small = [Numbered(record, number, needs_finish=False, in_stage=meet) for number in range(1, 5)]
+    submit([large, *small], num_workers=4, budget=4 * PAGE, mode=mode, pool=record.pool).wait()
+    assert len(record.staged) == 5
+
+
+@pytest.mark.parametrize("mode", Mode)
 def test_jobs_beside_pass_those_that_wait_for_memory(record: Record, mode: Mode) -> None:
     """With memory for one buffer, what needs none goes on while that one is in use."""
     gate = threading.Event()
@@ -427,6 +511,19 @@ class TestErrors:
 
         with pytest.raises(OSError, match="broken"):
             submit(jobs(), num_workers=2, pool=record.pool).wait()
+
+    def test_error_of_the_iterator_leaves_no_buffer_on_loan(self, pool: BufferPool) -> None:
+        """Whenever it comes, and whoever asks for the next job then."""
+
+        def jobs(count: int) -> Iterator[Job]:
+            yield from (Planned(Plan(1, True, (0.0005, 0.0005)), []) for _ in range(count))
+            fail()
+
+        for mode, num_staging, count in itertools.product(Mode, (None, 2), range(16)):
+            run = submit(jobs(count), num_workers=4, num_staging=num_staging, budget=3 * PAGE, mode=mode, pool=pool)
+            with pytest.raises(OSError, match="broken"):
+                run.wait()
+            assert pool.lent_nbytes == 0
 
     def test_no_memory_fails_the_run(self, record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
         """A buffer that cannot be had is an error of the run."""

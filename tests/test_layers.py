@@ -31,7 +31,7 @@ LAYERS = [
     """store.blob_folders store.container store.durable_names store.envelope store.filesystems store.gcs_files
     store.local store.local_errors store.locate store.memory store.other_files store.posix store.records store.remote
     store.remote_errors store.remote_files store.s3_files store.table_references store.tables
-    store.walk store.whole_filesystem""",
+    store.temporary_names store.walk store.whole_filesystem""",
     # the store's protocol
     """store""",
     # what stands in it: stored chunks, manifests

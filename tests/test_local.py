@@ -447,24 +447,31 @@ class TestDirect:
         assert backend.read("key") == data
         assert os.path.getsize(os.path.join(backend.root, "key")) == NBYTES
 
-    @pytest.mark.parametrize("where", ["flag", "write"])
+    @pytest.mark.parametrize("where", ["open", "open, once the file is made", "write"])
     def test_refusal_is_remembered(self, backend: LocalBackend, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
         """A filesystem that refuses direct writes gets the same bytes through the cache, and isn't asked again."""
         refusals = []
+        real = os.open
 
         def refuse(*arguments: Any) -> int:
-            if where == "flag" and arguments[1] == fcntl.F_SETFL and not arguments[2] & os.O_DIRECT:
-                return 0
             refusals.append(where)
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
-        monkeypatch.setattr(*((fcntl, "fcntl") if where == "flag" else (os, "pwritev")), refuse)
+        def open_or_refuse(path: str, flags: int, *mode: int) -> int:
+            if not flags & os.O_DIRECT:
+                return real(path, flags, *mode)
+            if where != "open":
+                os.close(real(path, flags & ~os.O_DIRECT, *mode))
+            return refuse()
+
+        monkeypatch.setattr(*((os, "pwritev", refuse) if where == "write" else (os, "open", open_or_refuse)))
         data = page_aligned(NBYTES)
         data[:] = os.urandom(NBYTES)
         for key in ("one", "two"):
             backend.put(key, data, aligned=True)
             assert backend.read(key) == data
         assert len(refusals) == 1
+        assert temporary_files(backend) == []
 
     @pytest.mark.parametrize("cached", [False, True])
     @pytest.mark.parametrize("nbytes", [4 << 20, NBYTES])

@@ -58,6 +58,12 @@ class Backlog:
         job = self._next()
         return bool(self._beside) or (job is not None and may(job))
 
+    def may_have_one(self, may: Callable[[Job], bool]) -> bool:
+        """Whether ``take`` may give a job, as far as is known without asking the iterator, which may raise."""
+        if self._beside or self._found or self._head is None:
+            return not self.is_empty
+        return may(self._head)
+
     def _next(self) -> Job | None:
         if self._head is None and self._found:
             self._head = self._found.popleft()

@@ -8,18 +8,17 @@ Invariants:
 - The first error wins: no further step of that run begins, steps that run already come to their end, every buffer
   goes back to the pool, and ``wait`` raises that error.
 - Where jobs are carried through, no more of them wait for their ``finish`` than are staged at once: memory that is used
-  again soon is in the caches, and was touched before.
-- Of a run whose jobs compute first and wait for the store then, no more are staged at once than there are cores: more
-  would take turns on these and at the interpreter's lock, and then all wait for the store together. The run begins with
-  so many workers; when one goes on to ``finish``, another one joins.
-- Whoever waits for a run is woken once, at its end or when all is staged, not by every job. Where everything is staged
-  first, nothing is finished while the last jobs are staged and for a moment after that: who waited for it shall not
-  have to fight for a core and the interpreter's lock.
-- Worker threads belong to one run, end with it, and are no daemons: an idle process has none of them, and an
-  interpreter that exits joins them (a run that nobody waited for is carried to its end). A thread costs some 50 µs to
-  start; what is worth keeping from run to run, the memory, is kept.
-- In the background phase of a ``STAGE_FIRST`` run (everything staged, only finishing left) a worker lowers its own
-  priority. Linux lets no ordinary thread raise it again, so the thread must end with the run; it does.
+  again soon is in the caches. Of jobs that compute first and wait for the store then, no more are staged at once than
+  there are cores: more would take turns on these and then all wait together. The run begins with so many workers; when
+  one goes on to ``finish``, another one joins.
+- Nobody is woken in vain by every job: whoever waits for a run is woken at its end or when all is staged; a worker that
+  has changed something looks for a step itself, and wakes one other worker if there is one more.
+- Where everything is staged first, nothing is finished while the last jobs are staged and for a moment after that: who
+  waited for it shall not have to fight for a core and the interpreter's lock.
+- Worker threads belong to one run, end with it, and are no daemons: an idle process has none, and an interpreter that
+  exits joins them (a run that nobody waited for is carried to its end). In the background phase of a ``STAGE_FIRST``
+  run (everything staged, only finishing left) they lower their own priority, which Linux lets no ordinary thread
+  raise again. A thread costs some 50 µs to start; what is worth keeping from run to run, the memory, is kept.
 - After ``fork`` the child has neither the threads nor the memory: a run that it inherited raises when it is waited for.
 """
 
@@ -44,6 +43,9 @@ _WAIT_SECONDS = 0.5
 
 _HEAD_START_SECONDS = 0.003
 """How long nothing is finished after all was staged: about what an asynchronous take needs to return to its caller."""
+
+_Step = tuple[Job, Buffer | None, bool]
+"""A job, its buffer, and whether it is to be finished."""
 
 _run_numbers = itertools.count(1)
 
@@ -192,7 +194,6 @@ class Run:
         buffer.release()
         with self._changed:
             self._lent_nbytes -= nbytes
-            self._changed.notify_all()
 
     # --- the workers' side
 
@@ -232,13 +233,12 @@ class Run:
             self._live_workers += 1
         try:
             self._thread(index).start()
-        except RuntimeError:
+        except BaseException as error:
+            self._discount_workers(1)
             # no more threads: those that run carry the rest
             self._max_workers = 0
-            self._discount_workers(1)
-        except BaseException:
-            self._discount_workers(1)
-            raise
+            if not isinstance(error, RuntimeError):
+                raise
 
     def _discount_workers(self, count: int) -> None:
         with self._changed:
@@ -281,7 +281,6 @@ class Run:
         finally:
             with self._changed:
                 self._num_finishing -= 1
-                self._changed.notify_all()
             self._free(buffer)
 
     def _stage(self, job: Job) -> None:
@@ -291,14 +290,15 @@ class Run:
         try:
             try:
                 if job.nbytes:
-                    buffer = self._acquire(job.nbytes)
+                    buffer = self._pool.acquire(job.nbytes)
                 outcome = job.stage(buffer)
             finally:
                 with self._changed:
                     self._num_staging -= 1
                     if not self._stopping:
                         keeps, goes_on = self._take_in(job, buffer, outcome)
-                    self._changed.notify_all()
+                    if goes_on:
+                        self._wake_another()
                     self._tell_waiters()
             if goes_on:
                 self._finish(job, buffer)
@@ -324,38 +324,43 @@ class Run:
         self._staged.append((job, buffer))
         return True, False
 
-    def _acquire(self, nbytes: int) -> Buffer:
-        try:
-            return self._pool.acquire(nbytes)
-        except BaseException:
-            with self._changed:
-                self._lent_nbytes -= size_class(nbytes)
-            raise
-
-    def _next_step(self) -> tuple[Job, Buffer | None, bool] | None:
-        """Wait for the next step and reserve what it needs: (job, its buffer, whether to finish it); None = end."""
+    def _next_step(self) -> _Step | None:
+        """Wait for the next step and reserve what it needs; None = end."""
         with self._changed:
             while not self._stopping:
-                if self._mode is Mode.THROUGH and self._may_finish():
-                    return self._next_staged()
-                job = self._backlog.take(self._may_stage) if self._num_staging < self._max_staging else None
-                if job is not None:
-                    self._num_staging += 1
-                    self._lent_nbytes += size_class(job.nbytes) if job.nbytes else 0
-                    return job, None, False
+                step, seconds = self._choose_step()
+                if step is not None:
+                    self._wake_another()
+                    return step
                 # that nothing is left may have been found out only now
                 self._tell_waiters()
-                if self._mode is Mode.STAGE_FIRST and self._staged and self._backlog.is_empty:
-                    left = self._head_start()
-                    if left > 0:
-                        self._changed.wait(left)
-                        continue
-                if self._may_finish() and not self._is_for_staging():
-                    return self._next_staged()
                 if self._backlog.is_empty and not self._num_staging and not self._staged:
                     return None
-                self._changed.wait()
+                self._changed.wait(seconds)
         return None
+
+    def _choose_step(self) -> tuple[_Step | None, float | None]:
+        """With the lock held: the next step, or that there is none before a change or before so many seconds pass."""
+        if self._mode is Mode.THROUGH and self._may_finish():
+            return self._next_staged(), None
+        job = self._backlog.take(self._may_stage) if self._num_staging < self._max_staging else None
+        if job is not None:
+            self._num_staging += 1
+            self._lent_nbytes += size_class(job.nbytes) if job.nbytes else 0
+            return (job, None, False), None
+        if self._mode is Mode.STAGE_FIRST and self._staged and self._backlog.is_empty:
+            left = self._head_start()
+            if left > 0:
+                return None, left
+        if self._may_finish() and not self._is_for_staging():
+            return self._next_staged(), None
+        return None, None
+
+    def _wake_another(self) -> None:
+        """With the lock held, before other work: wake one worker if there may be a step for it; it does the same."""
+        may_stage = self._num_staging < self._max_staging and self._backlog.may_have_one(self._may_stage)
+        if may_stage or self._may_finish():
+            self._changed.notify()
 
     def _may_stage(self, job: Job) -> bool:
         """Whether there is memory for the job."""
@@ -382,6 +387,6 @@ class Run:
     def _may_finish(self) -> bool:
         return bool(self._staged) and self._num_finishing < self._max_finishing
 
-    def _next_staged(self) -> tuple[Job, Buffer | None, bool]:
+    def _next_staged(self) -> _Step:
         self._num_finishing += 1
         return *self._staged.popleft(), True

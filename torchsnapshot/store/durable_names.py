@@ -85,13 +85,19 @@ class DurableNames:
 
     def _settle_together(self, folders: Sequence[str]) -> bool:
         # what is seen before the call is durable after it, whoever made it
-        settled = {path: self._identity(path) for folder in folders for path in (folder, *self.unsettled(folder))}
+        found = {self._root: os.stat(self._root)}
+        for folder in folders:
+            path = folder
+            while path not in found:
+                found[path] = os.stat(path)
+                if self._settled.get(path) != self._identity_in(path, found[path]):
+                    path = os.path.dirname(path)
         # one filesystem's call says nothing of another's: the store may be a mount point, or a link to another disk
-        if len({os.stat(path).st_dev for path in (*settled, self._root)}) > 1:
+        if len({status.st_dev for status in found.values()}) > 1:
             return False
         if not sync_filesystem(folders[0]):
             return False
-        self._settled |= settled
+        self._settled |= {path: self._identity_in(path, status) for path, status in found.items()}
         return True
 
     def _settle_one(self, path: str) -> None:
@@ -109,9 +115,11 @@ class DurableNames:
         self._settled |= settled
 
     def _identity(self, path: str) -> _Identity:
-        found = os.stat(path)
+        return self._identity_in(path, os.stat(path))
+
+    def _identity_in(self, path: str, status: os.stat_result) -> _Identity:
         is_lasting = path == self._root or path == self._store or is_below(path, self._store)
-        return found.st_ino, 0 if is_lasting else found.st_ctime_ns
+        return status.st_ino, 0 if is_lasting else status.st_ctime_ns
 
 
 def _fsync_file(path: str) -> None:

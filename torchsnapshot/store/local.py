@@ -17,7 +17,6 @@ Invariants:
 from __future__ import annotations
 
 import errno
-import itertools
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,14 +25,7 @@ from torchsnapshot.errors import KeyExistsError, StoreError
 from torchsnapshot.store.backend import Backend, Buffer, Folder, FolderIdentity, ObjectInfo, check_key
 from torchsnapshot.store.blob_folders import make_blob_folders
 from torchsnapshot.store.durable_names import DurableNames, is_below
-from torchsnapshot.store.keys import (
-    LEASES_FOLDER,
-    OK_SUFFIX,
-    SIGNPOST,
-    STORE_FOLDER,
-    parse_blob_key,
-    parse_manifest_name,
-)
+from torchsnapshot.store.keys import LEASES_FOLDER, SIGNPOST, STORE_FOLDER
 from torchsnapshot.store.local_errors import OpenFile, translate
 from torchsnapshot.store.mounts import Coherence, Mount, device_of, find_mount
 from torchsnapshot.store.posix import (
@@ -46,6 +38,7 @@ from torchsnapshot.store.posix import (
     sizes_of,
     unlink_quietly,
 )
+from torchsnapshot.store.temporary_names import temporary_name
 from torchsnapshot.store.whole_filesystem import FILESYSTEMS
 
 _PUT_ATTEMPTS = 5
@@ -69,7 +62,7 @@ class LocalBackend(Backend):
         self.durable = durable
         self._temp_folder = os.path.join(self.root, STORE_FOLDER, "tmp")
         self._blobs_folder = os.path.join(self.root, STORE_FOLDER, "blobs")
-        self._counter = itertools.count()
+        self._seen_folders: set[str] = set()
         self._names = DurableNames(self.root, os.path.join(self.root, STORE_FOLDER), self._blobs_folder)
         self._writer = FileWriter()
         self._reader = FileReader()
@@ -120,6 +113,7 @@ class LocalBackend(Backend):
             elif failure.errno == errno.ENOENT:
                 # A folder is not there yet, or somebody removed an empty one, or a collector took the temporary file
                 # of a take that it holds for dead: make the folders and begin again.
+                self._seen_folders.discard(os.path.dirname(target))
                 try:
                     self._make_folder(temp_folder)
                     self._make_folder(os.path.dirname(target), alone=later)
@@ -141,11 +135,11 @@ class LocalBackend(Backend):
         direct: bool,
         later: bool,
     ) -> None:
-        if durable and not os.path.isdir(os.path.dirname(target)):
-            # the rename would say so too, but only after the fsync
+        if durable and not self._is_folder(os.path.dirname(target)):
+            # the rename would say so too, but only after the write
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), target)
-        temp = os.path.join(temp_folder, self._temp_name(key))
-        file = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+        temp = os.path.join(temp_folder, temporary_name(key))
+        file, direct = self._writer.create(temp, view, direct=direct)
         try:
             try:
                 all_direct = self._writer.write(file, view, direct=direct)
@@ -182,13 +176,16 @@ class LocalBackend(Backend):
     def _is_on_local_disk(self) -> bool:
         return self.mount.coherence is Coherence.LOCAL
 
-    def _temp_name(self, key: str) -> str:
-        name = key.rpartition("/")[2]
-        owner = parse_blob_key(name) or parse_manifest_name(name.removesuffix(OK_SUFFIX))
-        label = owner.take_id if owner is not None else f"anon-{os.getpid()}"
-        return f"{label}-{next(self._counter)}-{os.urandom(8).hex()}"
-
     # ---- folders
+
+    def _is_folder(self, path: str) -> bool:
+        """Whether a folder is there; whether it still is, where it has been, is found out when it is used."""
+        if path in self._seen_folders:
+            return True
+        if not os.path.isdir(path):
+            return False
+        self._seen_folders.add(path)
+        return True
 
     def _make_folder(self, folder: str, *, alone: bool = False) -> None:
         """Make ``folder`` and what is missing above it; unless ``alone``, a folder of blobs with all its neighbours."""

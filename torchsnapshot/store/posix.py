@@ -43,25 +43,47 @@ class FileWriter:
         self._direct = _O_DIRECT != 0
         self._page = _BouncePage()
 
-    def write(self, file: int, view: memoryview, *, direct: bool) -> bool:
-        """Write all of ``view`` to the new file ``file``.
+    def create(self, path: str, view: memoryview, *, direct: bool) -> tuple[int, bool]:
+        """Make a file for all of ``view``, which must not be there yet.
 
-        ``direct``: ``view`` begins on a page boundary of memory.
+        Args:
+            path: of the file.
+            view: what is to be written.
+            direct: ``view`` begins on a page boundary of memory.
+
+        Returns:
+            The descriptor, and whether it goes past the page cache.
+        """
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        if direct and self._direct and view.nbytes >= DIRECT_MIN_NBYTES:
+            try:
+                return os.open(path, flags | _O_DIRECT, 0o666), True
+            except OSError as error:
+                if error.errno not in _NO_DIRECT:
+                    raise
+                self._direct = False
+                # open(2): whoever refuses O_DIRECT may have made the file before
+                unlink_quietly(path)
+        return os.open(path, flags, 0o666), False
+
+    def write(self, file: int, view: memoryview, *, direct: bool) -> bool:
+        """Write all of ``view`` to the new file ``file``, as ``create`` has made it.
 
         Returns:
             Whether all of it went past the page cache, so that no write of it can still fail unseen.
         """
-        done = self._write_direct(file, view) if direct and self._direct and view.nbytes >= DIRECT_MIN_NBYTES else 0
-        all_direct = done == view.nbytes > 0
+        done = self._write_direct(file, view) if direct else 0
+        if direct and done == view.nbytes:
+            return True
+        if direct:
+            fcntl.fcntl(file, fcntl.F_SETFL, 0)
         while done < view.nbytes:
             num_written = os.pwrite(file, view[done:], done)
             if num_written <= 0:
                 raise OSError(errno.EIO, f"write of {view.nbytes - done} bytes wrote nothing")
             done += num_written
-        size = os.fstat(file).st_size
-        if size != view.nbytes:
-            raise OSError(errno.EIO, f"file is {size} bytes long after {view.nbytes} bytes were written")
-        return all_direct
+        _check_size(file, view.nbytes)
+        return False
 
     def _write_direct(self, file: int, view: memoryview) -> int:
         """Write past the page cache as far as it goes; the number of bytes written, 0 where direct I/O is refused."""
@@ -74,29 +96,17 @@ class FileWriter:
             page[:tail_nbytes] = view[whole:]
             page[tail_nbytes:] = bytes(PAGE_NBYTES - tail_nbytes)
             pieces.append(page)
-        if not self._set_direct(file, True):
-            return 0
         try:
             num_written = os.pwritev(file, pieces, 0)
         except OSError as error:
             if error.errno not in _NO_DIRECT:
                 raise
             self._direct = False
-            num_written = 0
-        self._set_direct(file, False)
+            return 0
         if num_written > view.nbytes:
             os.ftruncate(file, view.nbytes)
+            _check_size(file, view.nbytes)
         return min(num_written, view.nbytes)
-
-    def _set_direct(self, file: int, on: bool) -> bool:
-        try:
-            fcntl.fcntl(file, fcntl.F_SETFL, _O_DIRECT if on else 0)
-        except OSError as error:
-            if error.errno not in _NO_DIRECT:
-                raise
-            self._direct = False
-            return False
-        return True
 
 
 class FileReader:
@@ -178,6 +188,12 @@ class FileReader:
             return False
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_NORMAL)
         return True
+
+
+def _check_size(file: int, nbytes: int) -> None:
+    size = os.fstat(file).st_size
+    if size != nbytes:
+        raise OSError(errno.EIO, f"file is {size} bytes long after {nbytes} bytes were written")
 
 
 class _BouncePage(threading.local):
