@@ -46,7 +46,7 @@ def chunk(number: int, nbytes: int = 4096, suffix: str = "", **fields: Any) -> C
     """A raw chunk that fills a blob of its own, or whatever ``fields`` make of it."""
     content = digest(number)
     key = str(BlobKey(content, TAKE, number % 7, suffix))
-    return replace(ChunkRef(content, nbytes, key, nbytes, 0, nbytes), **fields)
+    return ChunkRef(content, nbytes, key, nbytes, 0, nbytes)._replace(**fields)
 
 
 def delta(number: int, base: ChunkRef, stored_nbytes: int = 100) -> ChunkRef:

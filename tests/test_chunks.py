@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import logging
 import threading
@@ -482,13 +481,13 @@ class TestDamage:
         ref = writer(store, pool).put_chunk(raw, digest_of(raw), 4)
         endless = ref
         for _ in range(9):
-            endless = dataclasses.replace(ref, form=Form.DELTA, base=endless)
+            endless = ref._replace(form=Form.DELTA, base=endless)
         for wrong in (
-            dataclasses.replace(ref, stored_nbytes=ref.nbytes + 1),
-            dataclasses.replace(ref, stored_nbytes=0),
-            dataclasses.replace(ref, form=Form.RAW),
-            dataclasses.replace(ref, form=Form.DELTA),
-            dataclasses.replace(ref, base=ref),
+            ref._replace(stored_nbytes=ref.nbytes + 1),
+            ref._replace(stored_nbytes=0),
+            ref._replace(form=Form.RAW),
+            ref._replace(form=Form.DELTA),
+            ref._replace(base=ref),
             endless,
         ):
             with pytest.raises(FormatError):

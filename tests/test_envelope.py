@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import struct
-from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -280,7 +279,7 @@ def test_chains_of_bases_end_at_depth_eight() -> None:
         (chunk(1, form=Form.DELTA), "needs a base"),
         (chunk(1, base=chunk(2)), "needs a base"),
         (delta(1, chunk(2, blob_nbytes=9000)), "does not fill its blob"),
-        (replace(delta(1, chunk(2)), nbytes=5000), "differ in size"),
+        (delta(1, chunk(2))._replace(nbytes=5000), "differ in size"),
         (chunk(1, 100, form=Form.ENCODED, stored_nbytes=70_000, blob_nbytes=70_000), "far more"),
         (chunk(1, width=0), "width is 0"),
         (chunk(1, width=256, form=Form.ENCODED), "out of range"),

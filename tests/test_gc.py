@@ -126,7 +126,7 @@ def test_bases_and_table_blobs_are_kept(time: Time) -> None:
     with start_take(repository, "step", clock=time, heartbeat_seconds=None) as session:
         base, junk = write_blobs(session, [b"base...", b"junk"])
         plain = chunk_of(b"delta..", session.take_id)
-        delta = replace(plain, key=plain.key + ".d", form=Form.DELTA, base=base)
+        delta = plain._replace(key=plain.key + ".d", form=Form.DELTA, base=base)
         builder = ChunkTableBuilder()
         builder.add([delta])
         table = builder.build().pack()
@@ -195,7 +195,7 @@ def test_gc_waits_for_takes_that_run(repository: Repository, time: Time) -> None
     known = repository.manifests_of("one")
     session = start_take(repository, "three", clock=time, heartbeat_seconds=None)
     garbage = next(iter(plan_gc(repository, clock=time).condemned))
-    ref = replace(chunk_of(b"garbage", garbage[33:57]), key=garbage)
+    ref = chunk_of(b"garbage", garbage[33:57])._replace(key=garbage)
 
     def end() -> None:
         session.commit(manifest_of(repository, session.take_id, [ref]))

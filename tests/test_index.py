@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_takes import chunk_of
@@ -25,7 +23,7 @@ def delta_of(content: bytes, take_id: str, base: ChunkRef) -> ChunkRef:
     """A chunk that is stored as a difference."""
     plain = chunk_of(content, take_id)
     key = plain.key + ".d"
-    return dataclasses.replace(plain, key=key, form=Form.DELTA, base=base)
+    return plain._replace(key=key, form=Form.DELTA, base=base)
 
 
 def test_a_chunk_is_found_by_digest_and_size() -> None:

@@ -187,6 +187,8 @@ def cut(box: Box, cell: Sequence[int], itemsize: int) -> list[Piece]:
     if 0 in box.sizes:
         return []
     nbytes = box.numel * itemsize
+    if box.sizes == cell and not any(box.offsets):
+        return [Piece(box, 0, nbytes)]
     dims = list(zip(box.offsets, box.sizes, cell, strict=True))
     if all(start // step == (start + size - 1) // step for start, size, step in dims):
         return [Piece(box, 0, nbytes)]

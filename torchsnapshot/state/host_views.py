@@ -219,7 +219,7 @@ class _TorchView(HostView):
         self._physical = not (tensor.is_conj() or tensor.is_neg())
         self._contiguous = contiguous and self._physical and tensor.is_cpu
         self._memory = tensor if shape else tensor.unsqueeze(0)
-        self._ready = _device_event(tensor.device)
+        self._ready = _device_event(tensor)
 
     def bare(self) -> HostView:
         """See ``HostView``."""
@@ -238,7 +238,7 @@ class _TorchView(HostView):
         if self.permutation is not None:
             tensor = tensor.permute(self.permutation)
         view._memory = tensor if self.shape else tensor.unsqueeze(0)
-        view._ready = _device_event(tensor.device)
+        view._ready = _device_event(tensor)
         return view
 
     def _pointer(self) -> int:
@@ -367,8 +367,10 @@ def memory_span(tensor: Any) -> tuple[int, int]:
     Addresses of different devices may look alike. An empty one has an empty range.
     """
     if isinstance(tensor, torch.Tensor):
-        start, itemsize = tensor.data_ptr() if tensor.numel() else 0, tensor.element_size()
-        return start, start + element_span(tensor.shape, tensor.stride()) * itemsize
+        numel = tensor.numel()
+        start = tensor.data_ptr() if numel else 0
+        reach = numel if tensor.is_contiguous() else element_span(tensor.shape, tensor.stride())
+        return start, start + reach * tensor.element_size()
     if not tensor.size:
         return 0, 0
     start, itemsize = int(tensor.__array_interface__["data"][0]), int(tensor.itemsize)
@@ -384,10 +386,10 @@ def _address(buffer: memoryview) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
 
 
-def _device_event(device: torch.device) -> Any:
-    """An event behind all work that the device's current stream has been given; None where the host sees memory."""
-    if device.type != "cuda":
+def _device_event(tensor: torch.Tensor) -> Any:
+    """An event behind all work that the tensor's device has been given so far; None where the host sees the memory."""
+    if not tensor.is_cuda:
         return None
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record(torch.cuda.current_stream(device))
+    event.record(torch.cuda.current_stream(tensor.device))
     return event

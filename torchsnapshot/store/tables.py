@@ -20,8 +20,8 @@ import operator
 import struct
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 from torchsnapshot.errors import FormatError, NewerFormatError
 from torchsnapshot.store.container import DIGEST_NBYTES, check_host
@@ -56,13 +56,12 @@ class Form(IntEnum):
     DELTA = 2
 
 
-@dataclass(frozen=True, slots=True)
-class ChunkRef:
+class ChunkRef(NamedTuple):
     """Where one chunk's bytes are: a byte range of a blob, how it is stored, and what its raw bytes are.
 
     ``nbytes`` is the raw size, ``stored_nbytes`` the size of the range in the blob, ``width`` the element width in
     bytes that the codec split into planes (1 = none), ``base`` the chunk that a delta is against (None for other
-    forms). ``blob_nbytes`` is the size of the whole blob.
+    forms). ``blob_nbytes`` is the size of the whole blob. (A tuple, as a restore makes one for each chunk there is.)
     """
 
     digest: bytes
