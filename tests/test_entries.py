@@ -546,6 +546,7 @@ def test_manifests_give_ranks_apart() -> None:
         (span_columns([Span(1, 1, 1), Span(0, 2, 1)]), 4096, "table that is not there"),
         (span_columns([Span(0, 99, 1), Span(0, 2, 1)]), 4096, "outside the chunk tables"),
         (span_columns([Span(0, 1, 1), Span(0, 2, 1)]), 4095, "has 4095 bytes, its chunks 4096"),
+        (span_columns([Span(0, 1, 1), Span(0, 2, 1)]), 0, "has 0 bytes, its chunks 4096"),
     ],
 )
 def test_sharded_sizes_are_compared_with_the_chunks(columns: tuple[bytes, bytes], nbytes: int, message: str) -> None:

@@ -473,6 +473,16 @@ class TestDirect:
         assert len(refusals) == 1
         assert temporary_files(backend) == []
 
+    def test_forks_have_tails_of_their_own(self, backend: LocalBackend) -> None:
+        """What a forked child writes through the page for the last bytes of files is not seen by its parent."""
+        page = backend._writer._page.memory
+        page[:6] = b"parent"
+        if not os.fork():
+            page[:6] = b"child."
+            os._exit(0)
+        os.wait()
+        assert page[:6] == b"parent"
+
     @pytest.mark.parametrize("cached", [False, True])
     @pytest.mark.parametrize("nbytes", [4 << 20, NBYTES])
     @pytest.mark.parametrize("start", [0, 4096, 5000])

@@ -59,9 +59,11 @@ class Backlog:
         return bool(self._beside) or (job is not None and may(job))
 
     def may_have_one(self, may: Callable[[Job], bool]) -> bool:
-        """Whether ``take`` may give a job, as far as is known without asking the iterator, which may raise."""
-        if self._beside or self._found or self._head is None:
-            return not self.is_empty
+        """Whether ``take`` may give a job: as ``has_one``, but the iterator, which may raise, is not asked."""
+        if self._beside:
+            return True
+        if self._head is None:
+            return bool(self._found) or not self._exhausted
         return may(self._head)
 
     def _next(self) -> Job | None:

@@ -172,9 +172,10 @@ class StoredManifest:
         if isinstance(entry, ShardedTensorEntry):
             numbers = set(memoryview(entry.tables).cast("I")) if entry.nbytes else set()
         else:
-            numbers = {span.table for span in spans_of(entry)}
-        if not numbers:
-            return
+            spans = spans_of(entry)
+            if not spans:
+                return
+            numbers = {span.table for span in spans}
         if any(number >= len(tables) for number in numbers):
             raise FormatError(f"{self.where}: {path!r:.200} has chunks in a table that is not there")
         if all(isinstance(tables[number], ChunkTable) for number in numbers):

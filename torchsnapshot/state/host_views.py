@@ -199,7 +199,7 @@ class _TorchView(HostView):
 
     # whether raw bits are the elements: no pending conjugation or negation
     _physical: bool
-    # reached when the work that the tensor's device had been given before this view was made is done
+    # reached when the work is done that the stream on the tensor's device had been given before this view was made
     _ready: Any
 
     def __init__(self, tensor: torch.Tensor, order: Order) -> None:
@@ -387,7 +387,7 @@ def _address(buffer: memoryview) -> int:
 
 
 def _device_event(tensor: torch.Tensor) -> Any:
-    """An event behind all work that the tensor's device has been given so far; None where the host sees the memory."""
+    """An event behind all work that this thread's stream on the tensor's device has been given; None for the host's."""
     if not tensor.is_cuda:
         return None
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]

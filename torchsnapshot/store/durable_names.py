@@ -88,6 +88,7 @@ class DurableNames:
         found = {self._root: os.stat(self._root)}
         for folder in folders:
             path = folder
+            # upwards, as far as a folder that is settled, or was looked at before
             while path not in found:
                 found[path] = os.stat(path)
                 if self._settled.get(path) != self._identity_in(path, found[path]):

@@ -179,7 +179,7 @@ class LocalBackend(Backend):
     # ---- folders
 
     def _is_folder(self, path: str) -> bool:
-        """Whether a folder is there; whether it still is, where it has been, is found out when it is used."""
+        """Whether a folder is there. One that has been seen is taken to be there still: a put finds out if it isn't."""
         if path in self._seen_folders:
             return True
         if not os.path.isdir(path):

@@ -44,10 +44,10 @@ class FileWriter:
         self._page = _BouncePage()
 
     def create(self, path: str, view: memoryview, *, direct: bool) -> tuple[int, bool]:
-        """Make a file for all of ``view``, which must not be there yet.
+        """Make a new file that all of ``view`` will be written to.
 
         Args:
-            path: of the file.
+            path: of the file; there must be none yet.
             view: what is to be written.
             direct: ``view`` begins on a page boundary of memory.
 
@@ -67,7 +67,12 @@ class FileWriter:
         return os.open(path, flags, 0o666), False
 
     def write(self, file: int, view: memoryview, *, direct: bool) -> bool:
-        """Write all of ``view`` to the new file ``file``, as ``create`` has made it.
+        """Write all of ``view`` to a new file.
+
+        Args:
+            file: made by ``create``.
+            view: as ``create`` was given it.
+            direct: as ``create`` has returned it.
 
         Returns:
             Whether all of it went past the page cache, so that no write of it can still fail unseen.
@@ -199,11 +204,11 @@ def _check_size(file: int, nbytes: int) -> None:
 class _BouncePage(threading.local):
     """One page of memory per thread, aligned for direct I/O.
 
-    Not excluded from forks: direct I/O only writes it to disk and never fills it, and nobody changes it meanwhile.
+    Private, so that a fork's tails are not the parent's. Not left out of forks: direct I/O never fills it.
     """
 
     def __init__(self) -> None:
-        self.memory = memoryview(mmap.mmap(-1, PAGE_NBYTES))
+        self.memory = memoryview(mmap.mmap(-1, PAGE_NBYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
 
 def make_folder(path: str) -> None:

@@ -56,7 +56,7 @@ class RemoteFiles(ABC):
         """Bytes ``start`` to ``end`` (exclusive; None = the end); fewer where the object is shorter."""
 
     def get_into(self, key: str, start: int, memory: memoryview) -> int:
-        """Fill memory with the object's bytes from ``start``; returns how many there were, if it is longer than that.
+        """Fill memory with the object's bytes from ``start``; returns how many, fewer only where the object ends there.
 
         Nothing is written to ``memory`` once this has returned or raised.
         """

@@ -61,7 +61,8 @@ class ChunkRef(NamedTuple):
 
     ``nbytes`` is the raw size, ``stored_nbytes`` the size of the range in the blob, ``width`` the element width in
     bytes that the codec split into planes (1 = none), ``base`` the chunk that a delta is against (None for other
-    forms). ``blob_nbytes`` is the size of the whole blob. (A tuple, as a restore makes one for each chunk there is.)
+    forms). ``blob_nbytes`` is the size of the whole blob. (A tuple: those are made fastest, and a restore makes one
+    for each chunk.)
     """
 
     digest: bytes
