@@ -54,12 +54,7 @@ class Backlog:
         return self._beside.popleft() if self._beside else None
 
     def has_one(self, may: Callable[[Job], bool]) -> bool:
-        """Whether ``take`` would give a job."""
-        job = self._next()
-        return bool(self._beside) or (job is not None and may(job))
-
-    def may_have_one(self, may: Callable[[Job], bool]) -> bool:
-        """Whether ``take`` may give a job: as ``has_one``, but the iterator, which may raise, is not asked."""
+        """Whether ``take`` would give a job; yes also where only the iterator knows: it may raise, and isn't asked."""
         if self._beside:
             return True
         if self._head is None:

@@ -359,15 +359,10 @@ class Run:
     def _wake_another(self) -> None:
         """With the lock held, before other work: wake one worker if there may be a step for it; it wakes the next.
 
-        It says yes wherever ``_choose_step`` might, without asking the iterator: an error here would lose a step.
+        It asks what ``_choose_step`` asks, but never the iterator: an error here would lose the step that was chosen.
         """
-        may_stage = self._backlog.may_have_one(self._may_stage)
-        if self._num_staging < self._max_staging:
-            is_left = may_stage or self._may_finish()
-        else:
-            # where all is staged first, the cores are left to those who stage
-            is_left = self._may_finish() and (self._mode is Mode.THROUGH or not may_stage)
-        if is_left:
+        may_stage = self._num_staging < self._max_staging and self._backlog.has_one(self._may_stage)
+        if may_stage or (self._may_finish() and not self._is_for_staging()):
             self._changed.notify()
 
     def _may_stage(self, job: Job) -> bool:

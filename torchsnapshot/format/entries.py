@@ -172,10 +172,7 @@ class StoredManifest:
         if isinstance(entry, ShardedTensorEntry):
             numbers = set(memoryview(entry.tables).cast("I")) if entry.nbytes else set()
         else:
-            spans = spans_of(entry)
-            if not spans:
-                return
-            numbers = {span.table for span in spans}
+            numbers = {span.table for span in spans_of(entry)}
         if any(number >= len(tables) for number in numbers):
             raise FormatError(f"{self.where}: {path!r:.200} has chunks in a table that is not there")
         if all(isinstance(tables[number], ChunkTable) for number in numbers):

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from torchsnapshot.geometry.layout import element_span
+from torchsnapshot.state.host_views import reach_of
 
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 _DTYPE = operator.attrgetter("dtype")
@@ -91,7 +91,7 @@ class TensorColumns:
         self._are_buffers = list(map(_is_buffer, tensors))
         # an empty tensor reaches nothing, wherever it begins
         self._itemsizes = [tensor.itemsize if tensor.numel() else 0 for tensor in tensors]
-        self._reaches = list(map(_reach, tensors))
+        self._reaches = list(map(reach_of, tensors))
 
     def memory(self, tensors: Sequence[torch.Tensor]) -> TensorMemory | None:
         """The memory of other tensors, if they say the same of themselves.
@@ -141,10 +141,3 @@ class TensorColumns:
 
 def _is_buffer(tensor: torch.Tensor) -> bool:
     return bool(getattr(tensor, "_is_buffer", False))
-
-
-def _reach(tensor: torch.Tensor) -> int:
-    """How many bytes from its first element on a tensor reaches."""
-    numel = tensor.numel()
-    reach = numel if not numel or tensor.is_contiguous() else element_span(tensor.shape, tensor.stride())
-    return int(reach * tensor.itemsize)

@@ -361,16 +361,21 @@ def target_view(tensor: Any, permutation: tuple[int, ...] | None) -> HostView:
     return _TorchView(tensor, permutation) if isinstance(tensor, torch.Tensor) else _ArrayView(tensor, permutation)
 
 
+def reach_of(tensor: torch.Tensor) -> int:
+    """How many bytes from its first element on a tensor reaches."""
+    numel = tensor.numel()
+    reach = numel if not numel or tensor.is_contiguous() else element_span(tensor.shape, tensor.stride())
+    return int(reach * tensor.itemsize)
+
+
 def memory_span(tensor: Any) -> tuple[int, int]:
     """The range of addresses that a dense tensor or an array reaches: first byte, and one behind the last.
 
     Addresses of different devices may look alike. An empty one has an empty range.
     """
     if isinstance(tensor, torch.Tensor):
-        numel = tensor.numel()
-        start = tensor.data_ptr() if numel else 0
-        reach = numel if tensor.is_contiguous() else element_span(tensor.shape, tensor.stride())
-        return start, start + reach * tensor.element_size()
+        start = tensor.data_ptr() if tensor.numel() else 0
+        return start, start + reach_of(tensor)
     if not tensor.size:
         return 0, 0
     start, itemsize = int(tensor.__array_interface__["data"][0]), int(tensor.itemsize)

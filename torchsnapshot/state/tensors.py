@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from torchsnapshot.errors import FormatError, MismatchError
-from torchsnapshot.geometry.layout import element_span, inverse, may_overlap
+from torchsnapshot.geometry.layout import inverse, may_overlap
 from torchsnapshot.state import dtypes
-from torchsnapshot.state.host_views import HostView, host_view, memory_span, target_view
+from torchsnapshot.state.host_views import HostView, host_view, memory_span, reach_of, target_view
 
 __all__ = [
     "HostView",
@@ -76,9 +76,8 @@ def why_unreadable(tensor: torch.Tensor) -> str | None:
         return "it belongs to a function transform that is still running; take the snapshot outside of it"
     if tensor.dtype not in dtypes._NAMES:
         return f"its dtype {tensor.dtype} is not in this version's table"
-    numel = tensor.numel()
-    reach = numel if tensor.is_contiguous() else element_span(tensor.shape, tensor.stride())
-    if numel and tensor.untyped_storage().nbytes() < (tensor.storage_offset() + reach) * tensor.itemsize:
+    needed = tensor.storage_offset() * tensor.itemsize + reach_of(tensor)
+    if tensor.numel() and tensor.untyped_storage().nbytes() < needed:
         return "its memory has been freed (a sharded parameter between steps?); take the full or sharded state dict"
     return None
 

@@ -16,7 +16,6 @@ from torchsnapshot.store.backend import Backend, ObjectInfo
 from torchsnapshot.store.clock import Clock
 from torchsnapshot.store.keys import is_id, new_id
 from torchsnapshot.store.liveness import (
-    ANONYMOUS,
     LEASE_SECONDS,
     StoreClock,
     call_dead,
@@ -37,6 +36,7 @@ from torchsnapshot.store.records import (
     Root,
     Sweep,
 )
+from torchsnapshot.store.temporary_names import ANONYMOUS
 
 logger = logging.getLogger(__name__)
 

@@ -20,12 +20,10 @@ from torchsnapshot.store.keys import is_id, new_id
 from torchsnapshot.store.parallel import parallel
 from torchsnapshot.store.processes import current_process, is_gone
 from torchsnapshot.store.records import DEAD_FOLDER, LEASES_FOLDER, TEMPORARY_FOLDER, Lease, pack_dead_mark
+from torchsnapshot.store.temporary_names import ANONYMOUS
 
 LEASE_SECONDS = 3600.0
 """After this long without a heartbeat, by the store's clock, anybody may call a lease dead."""
-
-ANONYMOUS = "anon-"
-"""How the name of a temporary file begins that belongs to no take."""
 
 _PROBE_SECONDS = 600.0
 

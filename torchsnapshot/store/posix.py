@@ -77,10 +77,11 @@ class FileWriter:
         Returns:
             Whether all of it went past the page cache, so that no write of it can still fail unseen.
         """
-        done = self._write_direct(file, view) if direct else 0
-        if direct and done == view.nbytes:
-            return True
+        done = 0
         if direct:
+            done = self._write_direct(file, view)
+            if done == view.nbytes:
+                return True
             fcntl.fcntl(file, fcntl.F_SETFL, 0)
         while done < view.nbytes:
             num_written = os.pwrite(file, view[done:], done)

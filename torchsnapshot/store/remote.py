@@ -27,7 +27,7 @@ from torchsnapshot.store.backend import Backend, Buffer, Folder, ObjectInfo, Sto
 from torchsnapshot.store.filesystems import open_files
 from torchsnapshot.store.parallel import parallel
 from torchsnapshot.store.remote_errors import is_taken, is_transient, translate, without_password
-from torchsnapshot.store.remote_files import Page, RemoteFiles
+from torchsnapshot.store.remote_files import Page, RemoteFiles, wanted_part
 
 T = TypeVar("T")
 
@@ -130,7 +130,7 @@ class RemoteBackend(Backend):
             return False
         view = buffer.cast("B")
         if not view.nbytes:
-            self.read(key, start, 0)
+            self.stat(key)
             return True
         self._check(key)
         found = self._call_for("read", key, lambda: self._files.get_into(key, start, view))
@@ -151,10 +151,7 @@ class RemoteBackend(Backend):
             return b""
         end = None if nbytes is None else start + nbytes
         data = self._call_for("read", key, lambda: self._files.get(key, start, end))
-        if nbytes is not None and len(data) > nbytes:
-            # a server without ranges: the whole object came
-            data = data[start : start + nbytes]
-        return data
+        return data if nbytes is None else wanted_part(data, start, nbytes)
 
     def stat(self, key: str) -> ObjectInfo:
         """See ``Backend.stat``."""

@@ -60,10 +60,7 @@ class RemoteFiles(ABC):
 
         Nothing is written to ``memory`` once this has returned or raised.
         """
-        data = self.get(key, start, start + memory.nbytes)
-        if len(data) > memory.nbytes:
-            # a server without ranges: the whole object came
-            data = data[start : start + memory.nbytes]
+        data = wanted_part(self.get(key, start, start + memory.nbytes), start, memory.nbytes)
         memory[: len(data)] = data
         return len(data)
 
@@ -81,6 +78,11 @@ class RemoteFiles(ABC):
 
     def probe(self) -> None:  # noqa: B027 (most have no buckets)
         """Raise if the bucket doesn't exist."""
+
+
+def wanted_part(data: bytes, start: int, nbytes: int) -> bytes:
+    """The ``nbytes`` bytes from ``start`` that were asked for; a server without ranges sends the whole object."""
+    return data if len(data) <= nbytes else data[start : start + nbytes]
 
 
 def seconds(value: object) -> float:

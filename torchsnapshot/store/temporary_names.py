@@ -12,6 +12,9 @@ import os
 
 from torchsnapshot.store.keys import OK_SUFFIX, parse_blob_key, parse_manifest_name
 
+ANONYMOUS = "anon-"
+"""How the name of a temporary file begins that belongs to no take."""
+
 _counter = itertools.count()
 _token = os.urandom(8).hex()
 """This process's own. Drawn once: each draw would give up Python's lock, in the middle of every put."""
@@ -21,7 +24,7 @@ def temporary_name(key: str) -> str:
     """A new name for the object ``key``, which begins with the take that it belongs to."""
     name = key.rpartition("/")[2]
     owner = parse_blob_key(name) or parse_manifest_name(name.removesuffix(OK_SUFFIX))
-    label = owner.take_id if owner is not None else f"anon-{os.getpid()}"
+    label = owner.take_id if owner is not None else f"{ANONYMOUS}{os.getpid()}"
     return f"{label}-{next(_counter)}-{_token}"
 
 
