@@ -344,9 +344,9 @@ class TestReadInto:
         with pytest.raises(StoreError, match=f"too short: 20 bytes .* offset {start}, and {max(0, 3_000_000 - start)}"):
             backend.read_into("key", start, memoryview(bytearray(20)))
 
-    def test_connections_are_kept(self, s3_proxied: tuple[RemoteBackend, FaultProxy]) -> None:
+    def test_connections_are_kept(self, proxied: tuple[RemoteBackend, FaultProxy]) -> None:
         """What has been read to its end leaves its connection to the next request."""
-        backend, proxy = s3_proxied
+        backend, proxy = proxied
         backend.put("key", self.CONTENT)
         memory = memoryview(bytearray(2_000_000))
         backend.read_into("key", 5, memory)
@@ -355,10 +355,22 @@ class TestReadInto:
             backend.read_into("key", 5, memory)
         assert proxy.num_connections == before
 
-    def test_nothing_is_written_after_an_interrupt(self, s3_url: StoreUrl, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize("status", [204, 304, 400, 403, 499, 500])
+    def test_an_answer_without_the_bytes(self, proxied: tuple[RemoteBackend, FaultProxy], status: int) -> None:
+        """Whatever a server answers instead, its body is not taken for the object's bytes."""
+        backend, proxy = proxied
+        backend.put("key", self.CONTENT)
+        proxy.fail_next(QUICK.attempts, Fault(status=status, body=b"" if status in (204, 304) else b"x" * 1000))
+        memory = bytearray(1000)
+        with pytest.raises(StoreError):
+            backend.read_into("key", 0, memoryview(memory))
+        assert memory == bytes(1000)
+
+    def test_nothing_is_written_after_an_interrupt(
+        self, proxied: tuple[RemoteBackend, FaultProxy], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """A request that goes on although its caller was interrupted no longer touches the caller's memory."""
-        url, options = s3_url
-        backend = RemoteBackend(url, options, retry=QUICK)
+        backend, _ = proxied
         backend.put("key", self.CONTENT)
         loop, pending = backend._files._fs.loop, []  # type: ignore[attr-defined]
 

@@ -13,6 +13,8 @@ import io
 import json
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
+from http import HTTPStatus
 from typing import Any
 from urllib.parse import quote
 
@@ -20,6 +22,7 @@ from torchsnapshot.errors import CredentialsError
 from torchsnapshot.store.backend import ObjectInfo
 from torchsnapshot.store.remote_errors import is_out_of_range
 from torchsnapshot.store.remote_files import CREATION, Page, RemoteFiles, seconds
+from torchsnapshot.store.streamed_bodies import copy_body, filled
 
 _LIST_PAGE = 1000
 
@@ -96,6 +99,21 @@ class GcsFiles(RemoteFiles):
             if is_out_of_range(error):
                 return b""
             raise
+
+    def get_into(self, key: str, start: int, memory: memoryview) -> int:
+        """See ``RemoteFiles.get_into``."""
+        return filled(self._fs.loop, partial(self._fill, f"{self._bucket}/{self._prefix}{key}", start), memory)
+
+    async def _fill(self, path: str, start: int, memory: memoryview) -> int:
+        fs = self._fs
+        headers = fs._get_headers({"Range": f"bytes={start}-{start + memory.nbytes - 1}"})
+        parameters, timeout = fs._get_params({}), fs.requests_timeout
+        async with fs.session.get(fs.url(path), headers=headers, params=parameters, timeout=timeout) as answer:
+            if answer.status not in (HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT):
+                importlib.import_module("gcsfs.retry").validate_response(answer.status, await answer.read(), path)
+                raise OSError(f"{path}: an answer with the status {answer.status}")
+            is_range = answer.status == HTTPStatus.PARTIAL_CONTENT
+            return await copy_body(answer.content.read, memory, start, is_range=is_range)
 
     def info(self, key: str) -> ObjectInfo:
         """See ``RemoteFiles.info``."""

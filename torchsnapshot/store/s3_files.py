@@ -7,18 +7,15 @@ they ask twice, expand patterns, or lose the errors of single keys.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from http import HTTPStatus
-from typing import Any, Final
-
-import fsspec.asyn
+from typing import Any
 
 from torchsnapshot.errors import StoreError
 from torchsnapshot.store.backend import ObjectInfo
 from torchsnapshot.store.remote_errors import is_out_of_range
 from torchsnapshot.store.remote_files import CREATION, Page, RemoteFiles
-
-_PIECE_NBYTES: Final = 1 << 20
-"""What is asked of a body at once; it gives what has come, which is less."""
+from torchsnapshot.store.streamed_bodies import copy_body, filled
 
 
 class S3Files(RemoteFiles):
@@ -53,35 +50,18 @@ class S3Files(RemoteFiles):
             raise
 
     def get_into(self, key: str, start: int, memory: memoryview) -> int:
-        """See ``RemoteFiles.get_into``. Piece by piece as they come: ``get`` takes fresh memory, and another copy."""
-        own = memory[:]
-        try:
-            return int(fsspec.asyn.sync(self._fs.loop, self._fill, self._full(key), start, own))
-        except Exception as error:
-            if is_out_of_range(error):
-                return 0
-            raise
-        finally:
-            # Ctrl-C ends the waiting, but not the request: what comes now must not reach the caller's memory
-            own.release()
+        """See ``RemoteFiles.get_into``."""
+        return filled(self._fs.loop, partial(self._fill, self._full(key), start), memory)
 
     async def _fill(self, name: str, start: int, memory: memoryview) -> int:
-        nbytes = memory.nbytes
-        wanted = f"bytes={start}-{start + nbytes - 1}"
+        wanted = f"bytes={start}-{start + memory.nbytes - 1}"
         answer = await self._fs._call_s3("get_object", Bucket=self._bucket, Key=name, Range=wanted)
         is_range = answer["ResponseMetadata"]["HTTPStatusCode"] == HTTPStatus.PARTIAL_CONTENT
-        # a server without ranges sends the whole object
-        position, body = 0 if is_range else -start, answer["Body"]
+        body = answer["Body"]
         try:
-            # of a range, as far as its end: a connection is used again only then
-            while (is_range or position < nbytes) and (data := await body.read(_PIECE_NBYTES)):
-                piece = data[max(0, -position) : max(0, nbytes - position)]
-                begin = max(0, position)
-                memory[begin : begin + len(piece)] = piece
-                position += len(data)
+            return await copy_body(body.read, memory, start, is_range=is_range)
         finally:
             body.close()
-        return max(0, min(position, nbytes))
 
     def info(self, key: str) -> ObjectInfo:
         """See ``RemoteFiles.info``. ``fs.info`` would take a folder of that name for it, by a second request."""
