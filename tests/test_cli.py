@@ -285,12 +285,37 @@ def test_show_refuses_a_pattern_without_a_match(root: Path, capsys: pytest.Captu
 def test_nothing_to_list(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """An empty store is no error, a folder that holds no snapshot of a store that has some is one."""
     assert "no snapshot is at or below this folder" in run_failing(capsys, "ls", str(root / "stpe_1"))
+    assert "no snapshot is at or below this folder" in run_failing(capsys, "ls", str(root / "stpe_1"), "--json")
     shutil.rmtree(root / "step_1")
     shutil.rmtree(root / "step_2")
     shutil.rmtree(root / "step_3")
     assert main(["ls", str(root)]) == 0
     out, err = capsys.readouterr()
     assert (out, err) == ("", f"torchsnapshot: no snapshots in {root}\n")
+
+
+def test_json_of_any_value(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What JSON or Python's own text has no form for is shown all the same, and as JSON that every parser takes."""
+    path = str(tmp_path / "root" / "step")
+    metadata = {"loss": float("nan"), "best": [float("-inf"), 2**5000], "keys": {(1, 2): {3}, None: b"\xff"}}
+    Snapshot.take(path, {"s": {"digits": 10**5000, "list": [10**5000]}}, user_metadata=metadata)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    for command in ("show", "ls"):
+        capsys.readouterr()
+        assert main([command, path, "--json"]) == 0
+        shown = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert main(["show", path, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert shown["head"]["user_metadata"] == {
+        "loss": "nan",
+        "best": ["-inf", hex(2**5000)],
+        "keys": {"(1, 2)": [3], "None": "ff"},
+    }
+    assert main(["show", path]) == 0
+    assert "dict with an int of thousands of digits" in capsys.readouterr().out
 
 
 def test_names_cannot_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

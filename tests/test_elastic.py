@@ -21,8 +21,9 @@ from torchsnapshot import RNGState, Snapshot, StateDict
 from torchsnapshot.errors import AbsentStateError, MismatchError, SnapshotError
 from torchsnapshot.ranks.replicas import is_declared
 from torchsnapshot.reading.opening import open_snapshot
+from torchsnapshot.restoring.options import RestoreOptions
 from torchsnapshot.restoring.read_object import read_state_dict
-from torchsnapshot.restoring.restore import RestoreOptions, restore
+from torchsnapshot.restoring.restore import restore
 from torchsnapshot.restoring.stages import tiles_of
 from torchsnapshot.state.app_state import check_app_state
 from torchsnapshot.state.wrappers import explain

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, OrderedDict
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchsnapshot import manifest_utils
+from torchsnapshot import Snapshot, StateDict, manifest_utils
 from torchsnapshot.errors import FormatError
 from torchsnapshot.format import entries
 from torchsnapshot.geometry.grid import Box
@@ -334,3 +335,17 @@ def test_byte_range_as_tuple() -> None:
 def test_dtype_names_are_torchs() -> None:
     """What a view says of a dtype is what ``str`` says of torch's."""
     assert view({"0/t": tensor((), (), dtype="bfloat16")})["0/t"].dtype == str(torch.bfloat16)
+
+
+def test_large_values_are_shown_like_small_ones(tmp_path: Path) -> None:
+    """What is too large to stand in the manifest has its paths too; where its bytes are lost, looking goes on."""
+    path = str(tmp_path / "run" / "step")
+    Snapshot.take(path, {"p": StateDict(epoch=7, history=[0.5] * 3000, digits=10**5000)})
+    manifest = Snapshot(path).get_manifest()
+    assert manifest["0/p/epoch"].get_value() == 7  # type: ignore[attr-defined]
+    assert manifest["0/p/history/2999"].get_value() == 0.5  # type: ignore[attr-defined]
+    assert manifest["0/p/digits"].get_value() == 10**5000  # type: ignore[attr-defined]
+    for blob in (tmp_path / "run" / ".torchsnapshot" / "blobs").rglob("*"):
+        if blob.is_file():
+            blob.unlink()
+    assert Snapshot(path).get_manifest().keys() == {"0/p"}

@@ -6,6 +6,7 @@ import collections
 import copy
 import enum
 import io
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -925,12 +926,12 @@ def test_new_keys_are_added_to_dicts(path: str) -> None:
 
 
 def test_leaves_without_a_place_are_told_at_once_and_nothing_changes(path: str) -> None:
-    """A list that is too short, or a dict that isn't there, is an error that names every such path."""
-    take(path, list=[torch.ones(300), torch.ones(300)], deep={"a": {"b": 1}}, fits=torch.ones(300))
+    """A list that is too short, or one that isn't there, is an error that names every such path."""
+    take(path, list=[torch.ones(300), torch.ones(300)], deep={"a": [1]}, fits=torch.ones(300))
     state = StateDict(list=[torch.zeros(300)], fits=torch.zeros(300))
     with pytest.raises(MismatchError) as caught:
         Snapshot(path).restore({"s": state}, paths=["s/*"])
-    assert [line.strip() for line in str(caught.value).splitlines()[1:]] == ["s/deep/a/b", "s/list/1"]
+    assert [line.strip() for line in str(caught.value).splitlines()[1:]] == ["s/deep/a/0", "s/list/1"]
     assert not state["fits"].any()
     assert not state["list"][0].any()
 
@@ -1015,7 +1016,8 @@ def test_part_of_many_leaves_takes_no_quadratic_time() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(live_state, "children_of", counted)
-        laid, placed = live_state.lay_over("s", state, {f"s/d/k{number}/0": -1 for number in range(count)})
+        leaves = [(live_state.route_along(f"s/d/k{number}/0"), -1) for number in range(count)]
+        laid, placed = live_state.lay_over(state, leaves)
     assert len(placed) == count
     assert laid == {"d": {f"k{number}": [-1] for number in range(count)}}
     assert calls <= count + 2
@@ -1206,3 +1208,60 @@ def test_buffers_of_ours_are_never_handed_out(path: str) -> None:
     assert torch.equal(found["large"], source["large"])
     assert torch.equal(found["small"], source["small"])
     assert found["bytes"].getvalue() == b"x" * 100_000
+
+
+# ------------------------------------------------------------------ targets without memory of their own
+
+
+def test_a_lazy_module_takes_the_stored_shapes(path: str) -> None:
+    """A module that has seen no input yet is restored, as by its own ``load_state_dict``."""
+    source = torch.nn.Sequential(torch.nn.LazyLinear(3))
+    source(torch.randn(2, 5))
+    Snapshot.take(path, {"m": source})
+    target = torch.nn.Sequential(torch.nn.LazyLinear(3))
+    Snapshot(path).restore({"m": target})
+    assert check_state_dict_eq(dict(target.state_dict()), dict(source.state_dict()))
+
+
+def test_the_meta_device_is_no_place_to_restore_to(path: str) -> None:
+    """Tensors that would stay without data are refused."""
+    take(path, t=torch.ones(300))
+    with pytest.raises(ValueError, match="no memory on it"):
+        Snapshot(path).restore({"s": StateDict(t=torch.empty(300, device="meta"))}, device="meta")
+    with pytest.raises(MismatchError, match="meta device"):
+        Snapshot(path).read_object("0/s/t", torch.empty(300, device="meta"))
+
+
+def test_read_object_fills_what_it_is_given_or_says_that_it_cannot(path: str) -> None:
+    """An inference tensor is filled too; one whose elements share memory is refused."""
+    take(path, t=torch.arange(300.0))
+    with torch.inference_mode():
+        out = torch.zeros(300)
+    assert Snapshot(path).read_object("0/s/t", out) is out
+    assert torch.equal(out, torch.arange(300.0))
+    with pytest.raises(MismatchError, match="obj_out cannot be read into"):
+        Snapshot(path).read_object("0/s/t", torch.zeros(1).expand(300))
+
+
+@pytest.mark.parametrize(("has_tensors", "said"), [(True, "is now a mix"), (False, "nothing else had been written")])
+def test_a_failing_load_state_dict_says_what_was_written(path: str, has_tensors: bool, said: str) -> None:
+    """The target is called a mix where tensors were written, and only there."""
+
+    class Failing:
+        def state_dict(self) -> dict[str, Any]:
+            return {"t": torch.zeros(300)} if has_tensors else {}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            raise RuntimeError("no")
+
+    take(path, t=torch.ones(300))
+    with pytest.raises(PartialRestoreError, match=said):
+        Snapshot(path).restore({"s": Failing()})
+
+
+def test_a_snapshot_can_be_pickled_and_copied_at_any_time(path: str) -> None:
+    """It is a path and options; the open store stays where it is."""
+    taken = Snapshot.take(path, {"s": StateDict(t=torch.ones(300))})
+    for snapshot in (taken, pickle.loads(pickle.dumps(taken)), copy.deepcopy(taken)):
+        assert snapshot.path == path
+        assert torch.equal(snapshot.read_object("0/s/t"), torch.ones(300))

@@ -7,6 +7,7 @@ import os
 import threading
 import weakref
 from collections.abc import Iterator
+from datetime import datetime
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -774,3 +775,25 @@ class TestExpected:
             take(root / "c", state)
         with pytest.raises(SnapshotNotFoundError):
             restored(root / "c")
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"lr": 0.5, "tags": ["a", {"b": None}], "raw": b"x"},
+        {"time": datetime(2026, 1, 2)},
+        {"accuracy": {1: 0.5}},
+        {"large": 2**64},
+        {"set": {1, 2}},
+        {"pair": (1, (2, 3))},
+        {"keys": {(1, 2): 3}},
+        {"path": Path("a/b"), "device": torch.device("cpu")},
+        {"deep": [[[[[[[[[[[[[[[[[[[[1]]]]]]]]]]]]]]]]]]]]},
+        {"flag": True, "one": 1, "float": 1.0},
+    ],
+)
+def test_user_metadata_comes_back_as_it_was(tmp_path: Path, metadata: dict[str, Any]) -> None:
+    """All plain values may be user metadata, of whatever kind, and keep their types."""
+    path = str(tmp_path / "run" / "step")
+    Snapshot.take(path, {"s": StateDict(step=1)}, user_metadata=metadata)
+    assert repr(Snapshot(path).user_metadata) == repr(metadata)

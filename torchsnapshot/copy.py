@@ -21,8 +21,7 @@ from torchsnapshot.engine.groups import grouped
 from torchsnapshot.engine.pipeline import submit
 from torchsnapshot.format.entries import StoredManifest, pack_entries, spans_of
 from torchsnapshot.progress import NO_PROGRESS, Progress
-from torchsnapshot.reading.opening import Opened
-from torchsnapshot.restoring.restore import still_committed
+from torchsnapshot.reading.opening import Opened, still_committed
 from torchsnapshot.stats import Stats
 from torchsnapshot.store.backend import StorageOptions
 from torchsnapshot.store.envelope import ChunkRef, ChunkTable, ChunkTableBuilder, Form, pack_manifest

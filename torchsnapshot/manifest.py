@@ -156,6 +156,10 @@ class OrderedDictEntry(Entry):
     keys: list[Any]
 
 
+_MAX_DECIMAL_BITS = 2000
+"""Larger ints are written in base 16: Python may be told to write no more than 640 decimal digits, or 2126 bits."""
+
+
 @dataclass(frozen=True, slots=True)
 class PrimitiveEntry(Entry):
     """An int, str, bool, bytes or float; ``type`` is the type's name.
@@ -183,7 +187,9 @@ class PrimitiveEntry(Entry):
                 return base64.b64decode(text, validate=True)
             if self.type == "bool":
                 return {"True": True, "False": False}[text]
-            return int(text) if self.type == "int" else text
+            if self.type == "int":
+                return int(text, 16) if "x" in text else int(text)
+            return text
         except (ValueError, KeyError, struct.error) as error:
             raise FormatError(f"{text!r} is no {self.type} of a manifest") from error
 
@@ -199,8 +205,11 @@ class PrimitiveEntry(Entry):
             raise TypeError(f"no primitive: {value!r} of type {name}; allowed are {', '.join(_PRIMITIVE_TYPES)}")
         if isinstance(value, float):
             return cls(name, base64.b64encode(struct.pack("<d", value)).decode(), False, str(value))
-        text = base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
-        return cls(name, text, False)
+        if isinstance(value, bytes):
+            return cls(name, base64.b64encode(value).decode(), False)
+        if isinstance(value, int) and value.bit_length() > _MAX_DECIMAL_BITS:
+            return cls(name, hex(value), False)
+        return cls(name, str(value), False)
 
 
 Manifest = dict[str, Entry]

@@ -36,8 +36,8 @@ from torchsnapshot.state import values
 from torchsnapshot.state.composites import COMPOSITE_KINDS
 from torchsnapshot.state.kinds import KINDS, class_name
 
-ReadValue = Callable[[entries.ValueEntry], bytes]
-"""Reads the bytes of a value that is too large to stand in the manifest."""
+ReadValue = Callable[[entries.ValueEntry], bytes | None]
+"""Reads the bytes of a value that is too large to stand in the manifest; None where they cannot be had."""
 
 
 def view(stored: Mapping[str, entries.Entry], read_value: ReadValue | None = None) -> Manifest:
@@ -69,8 +69,15 @@ def view(stored: Mapping[str, entries.Entry], read_value: ReadValue | None = Non
     return manifest
 
 
-def view_of_ranks(manifest: entries.StoredManifest) -> Manifest:
-    """What the old torchsnapshot would show of a snapshot by several ranks.
+def view_of_manifest(manifest: entries.StoredManifest, read_value: ReadValue | None = None) -> Manifest:
+    """What the old torchsnapshot would show of a snapshot, by one process or by several; see ``view``."""
+    if manifest.head.world_size == 1:
+        return view(manifest.entries, read_value)
+    return view_of_ranks(manifest, read_value)
+
+
+def view_of_ranks(manifest: entries.StoredManifest, read_value: ReadValue | None = None) -> Manifest:
+    """What the old torchsnapshot would show of a snapshot by several ranks; see ``view``.
 
     What all ranks hold stands under rank 0 only, as ``replicated``; containers stand under every rank; of a tensor that
     is spread over ranks each rank has its own regions.
@@ -84,7 +91,7 @@ def view_of_ranks(manifest: entries.StoredManifest) -> Manifest:
             if (not isinstance(entry, entries.ContainerEntry) or entry.kind in COMPOSITE_KINDS)
             and manifest.shared(path) is not None
         }
-        for key, entry in view({f"{rank}/{path}": entry for path, entry in stored.items()}).items():
+        for key, entry in view({f"{rank}/{path}": entry for path, entry in stored.items()}, read_value).items():
             path = key.partition("/")[2]
             origin = path
             while origin not in stored:

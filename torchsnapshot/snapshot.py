@@ -21,11 +21,13 @@ from torchsnapshot.errors import SnapshotError, SnapshotNotFoundError
 from torchsnapshot.event_handlers import logged_action
 from torchsnapshot.in_flight import Busy, InFlight, begin_take, note_in_flight
 from torchsnapshot.manifest import Entry, SnapshotMetadata
-from torchsnapshot.manifest_view import view, view_of_ranks
+from torchsnapshot.manifest_view import view_of_manifest
+from torchsnapshot.reading.large_values import large_value_reader
 from torchsnapshot.reading.opening import Opened, list_below, open_snapshot, user_metadata_beside_head
 from torchsnapshot.restoring.elastic import MissingRank
+from torchsnapshot.restoring.options import RestoreOptions
 from torchsnapshot.restoring.read_object import read_object, read_state_dict
-from torchsnapshot.restoring.restore import RestoreOptions, restore
+from torchsnapshot.restoring.restore import restore
 from torchsnapshot.state.app_state import PrepareTensor, check_app_state
 from torchsnapshot.stats import Stats
 from torchsnapshot.store.backend import StorageOptions
@@ -67,6 +69,10 @@ class Snapshot:
 
     def __repr__(self) -> str:
         return f"Snapshot({self.path!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled and copied: not the open store, which belongs to this process."""
+        return {**self.__dict__, "_opened": None}
 
     # ------------------------------------------------------------------ taking
 
@@ -196,7 +202,7 @@ class Snapshot:
         Args:
             app_state: the objects to restore, by the keys that they were taken under.
             strict: passed to ``nn.Module.load_state_dict``.
-            paths: globs of paths (``"model/layers.0.*"``); only what matches is restored, all else stays as it is.
+            paths: globs of paths (``"model/layers.0.*"``); only what matches, and what is below it, is restored.
             rename: stored path -> path in the target; then the target's structure leads, as with ``paths``.
             allow_pickle: rebuild values that only pickle can hold. This runs code from the snapshot: only for
                 snapshots that you trust. None: what TORCHSNAPSHOT_ALLOW_PICKLE says.
@@ -216,17 +222,8 @@ class Snapshot:
         with logged_action("restore"):
             group = group_of(self.pg)
             allows_pickle = self._allows_pickle(allow_pickle)
-            options = RestoreOptions(
-                strict,
-                paths,
-                rename,
-                allows_pickle,
-                device,
-                missing_rank,
-                group.rank,
-                group.world_size,
-                group.global_ranks,
-            )
+            reader = (group.rank, group.world_size, group.global_ranks)
+            options = RestoreOptions(strict, paths, rename, allows_pickle, device, missing_rank, *reader)
             self.stats = restore(self._fresh(), statefuls, options)
 
     def read_object(
@@ -282,8 +279,7 @@ class Snapshot:
     def metadata(self) -> SnapshotMetadata:
         """Version, world size and manifest, as the old torchsnapshot shows them."""
         opened = self._open()
-        head = opened.manifest.head
-        shown = view(opened.manifest.entries) if head.world_size == 1 else view_of_ranks(opened.manifest)
+        head, shown = opened.manifest.head, view_of_manifest(opened.manifest, large_value_reader(opened))
         return SnapshotMetadata(head.library, head.world_size, shown)
 
     @property
@@ -302,9 +298,7 @@ class Snapshot:
         return dict(self.head.user_metadata) or user_metadata_beside_head(self._open().manifest)
 
     def _open(self) -> Opened:
-        if self._opened is None:
-            self._opened = open_snapshot(self.path, self._storage_options)
-        return self._opened
+        return self._opened or self._fresh()
 
     def _fresh(self) -> Opened:
         """The snapshot as it is now: a path may have been taken again since this object saw it."""

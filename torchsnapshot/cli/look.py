@@ -19,6 +19,7 @@ from torchsnapshot.cli.output import (
     progress_bar,
     readable_nbytes,
     readable_time,
+    shown,
 )
 from torchsnapshot.diff import compare, is_user_metadata
 from torchsnapshot.errors import SnapshotNotFoundError
@@ -66,12 +67,12 @@ def run_ls(options: argparse.Namespace) -> int:
     """``torchsnapshot ls ROOT``."""
     repository, found = list_below(options.root, options.storage_options)
     snapshots = [info for _, info in found]
+    if not snapshots and open_below(options.root, options.storage_options)[1]:
+        raise SnapshotNotFoundError(nothing_below(options.root, repository))
     if options.json:
         print_json({"root": repository.url, "snapshots": [{"name": s.name, **_head(s.head)} for s in snapshots]})
         return 0
     if not snapshots:
-        if open_below(options.root, options.storage_options)[1]:
-            raise SnapshotNotFoundError(nothing_below(options.root, repository))
         print_error(f"no snapshots in {repository.url}")
         return 0
     rows = [
@@ -162,7 +163,7 @@ def _shape_or_value(entry: Entry) -> str:
         return entry.type_name
     if isinstance(entry, ContainerEntry) or entry.data is None:
         return ""
-    text = repr(_decoded(entry))
+    text = shown(_decoded(entry))
     return text if len(text) <= _VALUE_WIDTH else text[: _VALUE_WIDTH - 3] + "..."
 
 
@@ -183,7 +184,7 @@ def _describe(manifest: StoredManifest, entry: Entry, digests: bool) -> dict[str
     elif isinstance(entry, OpaqueEntry):
         described["type_name"] = entry.type_name
     elif entry.data is not None:
-        described["value"] = repr(_decoded(entry))
+        described["value"] = shown(_decoded(entry))
     if digests:
         described["chunks"] = [
             {

@@ -7,6 +7,7 @@ results.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,9 @@ from rich.progress import Progress as RichProgress
 
 from torchsnapshot.progress import Progress
 from torchsnapshot.store.repository import Repository
+
+_MAX_JSON_BITS = 2000
+"""Larger ints are written in base 16: Python may be told to write no more than 640 decimal digits."""
 
 _UNITS = ("kB", "MB", "GB", "TB", "PB", "EB")
 
@@ -75,7 +79,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 def print_json(document: Mapping[str, Any]) -> None:
     """Print one JSON object; what JSON has no form for is written as text."""
-    print(json.dumps(document, indent=2, default=_as_json))
+    print(json.dumps(_as_json(document), indent=2, allow_nan=False))
 
 
 def print_error(message: str) -> None:
@@ -89,13 +93,29 @@ def nothing_below(folder: str, repository: Repository) -> str:
     return f"{folder}: no snapshot is at or below this folder; what is there: torchsnapshot ls {repository.url}"
 
 
+def shown(value: object) -> str:
+    """The ``repr`` of a value; Python refuses to write ints of thousands of digits in decimal."""
+    try:
+        return repr(value)
+    except ValueError:
+        return hex(value) if isinstance(value, int) else f"{type(value).__name__} with an int of thousands of digits"
+
+
 def _as_json(value: object) -> object:
-    """What ``json`` should write for a value of user metadata or of a report that it does not know."""
-    if isinstance(value, bytes):
-        return value.hex()
-    if isinstance(value, set | frozenset | tuple):
-        return sorted(value, key=str)
-    return str(value)
+    """What JSON should have for a value of user metadata or of a report: it knows neither nan nor keys but text."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value if value.bit_length() <= _MAX_JSON_BITS else hex(value)
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, Mapping):
+        return {key if isinstance(key, str) else shown(key): _as_json(item) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return [_as_json(item) for item in sorted(value, key=str)]
+    if isinstance(value, (list, tuple)):
+        return [_as_json(item) for item in value]
+    return value.hex() if isinstance(value, bytes) else str(value)
 
 
 @contextmanager

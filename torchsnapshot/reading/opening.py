@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torchsnapshot.errors import (
+    AbsentStateError,
     CorruptionError,
     FormatError,
     KeyAbsentError,
@@ -23,7 +24,7 @@ from torchsnapshot.errors import (
     SnapshotNotFoundError,
     StoreError,
 )
-from torchsnapshot.format.entries import USER_METADATA, StoredManifest, ValueEntry
+from torchsnapshot.format.entries import USER_METADATA, StoredManifest, ValueEntry, escape, unescape
 from torchsnapshot.state.values import decode
 from torchsnapshot.store.backend import Backend, StorageOptions
 from torchsnapshot.store.config import CONFIG_CURE
@@ -261,3 +262,37 @@ def _is_object(place: Location, storage_options: StorageOptions | None) -> bool:
     except StoreError:
         return False
     return True
+
+
+def still_committed(opened: Opened) -> StoredManifest:
+    """The newest committed manifest, as a listing made under a lease shows it.
+
+    Raises:
+        SnapshotNotFoundError: the snapshot has been deleted since it was opened.
+    """
+    ref = opened.repository.newest_committed(opened.name)
+    if ref is None:
+        raise SnapshotNotFoundError(f"{opened.name or 'ROOT'!r} in {opened.repository.url} has just been deleted")
+    if ref.manifest == opened.ref.manifest:
+        return opened.manifest
+    where = f"{opened.name}: manifest {ref.manifest}"
+    return StoredManifest(opened.repository.read_manifest(ref), opened.repository.read_table, where)
+
+
+def check_key(manifest: StoredManifest, key: str) -> str:
+    """The path of an app_state key in this manifest.
+
+    Raises:
+        AbsentStateError: the snapshot has no such key.
+    """
+    path = escape(key)
+    known: set[str] = set()
+    # what only one rank had is looked for last: reading the trees of all ranks takes time
+    for rank in [0, *manifest.ranks[1:]]:
+        entries = manifest.entries_of(rank)
+        if path in entries:
+            return path
+        known.update(unescape(each) for each in entries if "/" not in each and each != USER_METADATA)
+    raise AbsentStateError(
+        f"{key} is absent in both manifest and flattened. The snapshot has: {', '.join(sorted(known))}."
+    )

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from torchsnapshot.format.entries import ShardedTensorEntry, TensorEntry
 from torchsnapshot.geometry.grid import whole
@@ -82,6 +83,9 @@ class TargetFinder:
         """
         if current is None:
             return self._new(entry)
+        if isinstance(current, torch.Tensor) and is_lazy(current):
+            # a module that has not seen its input yet takes its parameters' shapes from what it is given
+            return self._new(entry, self.device if current.is_meta else current.device)
         if tuple(current.shape) != entry.shape:
             self.mismatches.append(f"{path}: stored {list(entry.shape)}, target {list(current.shape)}")
             return None

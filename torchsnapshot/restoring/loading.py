@@ -16,9 +16,11 @@ from torch.nn.parameter import is_lazy
 from torchsnapshot.errors import PartialRestoreError
 from torchsnapshot.format.entries import ShardedTensorEntry, TensorEntry, unescape
 from torchsnapshot.restoring.parts import AllocateTensor
+from torchsnapshot.state.app_state import random_state_kept
 from torchsnapshot.state.dtypes import torch_dtype
 from torchsnapshot.state.sharded import allocate_like, is_dtensor
 from torchsnapshot.stateful import HasParameters, Stateful
+from torchsnapshot.stats import Stats
 
 ParameterOf = Callable[[str], Any]
 """The parameter that the tensor at a path belongs to; None where it belongs to none."""
@@ -73,7 +75,19 @@ def allocator(stateful: Stateful, path: str) -> AllocateTensor:
     return allocate
 
 
-def load(key: str, stateful: Stateful, state: Any, strict: bool) -> None:
+def allocator_for(stateful: Stateful, path: str, world_size: int) -> AllocateTensor | None:
+    """The ``allocator`` of an object that says how its tensors are spread; None where any tensor can be had whole."""
+    knows = isinstance(stateful, (torch.optim.Optimizer, HasParameters))
+    return allocator(stateful, path) if knows or world_size > 1 else None
+
+
+def read_states(statefuls: Mapping[str, Stateful], stats: Stats) -> dict[str, Any]:
+    """Ask every object for its state."""
+    with stats.phase("state_dict"), random_state_kept(statefuls):
+        return {key: stateful.state_dict() for key, stateful in statefuls.items()}
+
+
+def load(key: str, stateful: Stateful, state: Any, strict: bool, *, has_written: bool) -> None:
     """Hand the state to its object.
 
     Args:
@@ -81,9 +95,10 @@ def load(key: str, stateful: Stateful, state: Any, strict: bool) -> None:
         stateful: the object.
         state: what was restored, tensors of the object itself where they could be written in place.
         strict: for modules.
+        has_written: something of the target is another by now.
 
     Raises:
-        PartialRestoreError: the object refused it; its tensors have been written by then.
+        PartialRestoreError: the object refused it.
     """
     try:
         if isinstance(stateful, torch.nn.Module):
@@ -93,9 +108,13 @@ def load(key: str, stateful: Stateful, state: Any, strict: bool) -> None:
         if isinstance(stateful, torch.optim.Optimizer):
             put_back_casts(stateful, state)
     except Exception as error:
+        what = (
+            "after tensors had been written: the target is now a mix of old and new values"
+            if has_written
+            else "and may have taken in a part of the state; nothing else had been written"
+        )
         raise PartialRestoreError(
-            f"{key}: {type(stateful).__name__}.load_state_dict failed, after tensors had been written: the target is "
-            f"now a mix of old and new values. {type(error).__name__}: {error}"
+            f"{key}: {type(stateful).__name__}.load_state_dict failed, {what}. {type(error).__name__}: {error}"
         ) from error
 
 

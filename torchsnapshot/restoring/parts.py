@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from torchsnapshot.errors import MismatchError
+from torchsnapshot.errors import MismatchError, PartialRestoreError
 from torchsnapshot.format.entries import (
     Entry,
     OpaqueEntry,
@@ -134,3 +134,34 @@ def gather(
         listed = "\n".join(f"  {mismatch}" for mismatch in finder.mismatches)
         raise MismatchError(f"these tensors do not fit the target, nothing was restored:\n{listed}")
     work.stats.converted.update(finder.converted)
+
+
+def built(parts: Mapping[str, Part]) -> dict[str, Any]:
+    """All parts put together, before any of them is handed to its object.
+
+    Raises:
+        PartialRestoreError: one of them cannot be, and tensors have been written by now.
+        SnapshotError: one of them cannot be; the target is as it was.
+    """
+    try:
+        return {key: part.build() for key, part in parts.items()}
+    except Exception as error:
+        if not any(part.writes for part in parts.values()):
+            raise
+        raise PartialRestoreError(
+            "the restore failed after tensors had been written, and before any load_state_dict was called: the target "
+            f"is now a mix of old and new values. {error}"
+        ) from error
+
+
+def refusal(refused: Mapping[str, list[tuple[str, str]]], restored: list[str]) -> str:
+    """Which values were refused because only pickle can rebuild them, and what to do."""
+    lines = [f"  {path}: {type_name}" for opaque in refused.values() for path, type_name in opaque]
+    others = f"Restored all the same: {', '.join(restored)}." if restored else "Nothing was restored."
+    return "\n".join(
+        [
+            "these values are stored as pickles, and loading a pickle runs code from the snapshot:",
+            *lines,
+            f"{others} If you trust this snapshot, pass allow_pickle=True or set TORCHSNAPSHOT_ALLOW_PICKLE=1.",
+        ]
+    )

@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torchsnapshot.errors import AbsentStateError, PickleRefusedError, SnapshotError
+import torch
+
+from torchsnapshot.errors import AbsentStateError, MismatchError, PickleRefusedError, SnapshotError
 from torchsnapshot.format.entries import (
     ContainerEntry,
     Entry,
@@ -17,12 +19,12 @@ from torchsnapshot.format.entries import (
     ValueEntry,
     entries_below,
 )
-from torchsnapshot.reading.opening import Opened, other_generations_named
+from torchsnapshot.reading.opening import Opened, check_key, other_generations_named, still_committed
 from torchsnapshot.reading.reads import Reading
 from torchsnapshot.restoring.elastic import without
 from torchsnapshot.restoring.live_state import find
-from torchsnapshot.restoring.parts import Part, gather
-from torchsnapshot.restoring.restore import check_allow_pickle, check_key, refusal, still_committed
+from torchsnapshot.restoring.options import check_allow_pickle
+from torchsnapshot.restoring.parts import Part, gather, refusal
 from torchsnapshot.stats import Stats
 from torchsnapshot.store.leases import reading
 
@@ -50,14 +52,27 @@ def read_object(opened: Opened, path: str, target: Any, budget_nbytes: int | Non
         entries = _seen_by(manifest, int(rank), stored)
         if not entries:
             raise SnapshotError(_absence(path))
+        if isinstance(target, torch.Tensor) and target.is_meta:
+            raise MismatchError(f"{path}: obj_out is on the meta device, which has no memory to read into")
         part = Part(entries, stored, None if inside else target)
         value = _read(opened, manifest, part, stored, budget_nbytes, allow_pickle)
     if not inside:
-        return value
+        return _copied_into(target, value, path) if isinstance(target, torch.Tensor) else value
     try:
         return find(value, inside)
     except KeyError:
         raise SnapshotError(_absence(path)) from None
+
+
+def _copied_into(target: torch.Tensor, value: Any, path: str) -> Any:
+    """What was read, in the tensor that was given for it, also where that takes no raw bytes."""
+    if value is target or not isinstance(value, torch.Tensor):
+        return value
+    try:
+        with torch.inference_mode() if target.is_inference() else torch.no_grad():
+            return target.copy_(value)
+    except RuntimeError as error:
+        raise MismatchError(f"{path}: obj_out cannot be read into: {error}") from error
 
 
 def read_state_dict(opened: Opened, key: str, rank: int, allow_pickle: bool) -> Any:

@@ -18,7 +18,7 @@ class Selection:
     """What ``paths`` and ``rename`` ask for.
 
     Args:
-        paths: globs over stored paths (``*`` crosses ``/``), or None for all.
+        paths: globs over stored paths (``*`` crosses ``/``), or None for all. What matches is meant with all below it.
         rename: stored path -> path in the target, or None for no change.
     """
 
@@ -44,7 +44,7 @@ class Selection:
             TypeError: ``rename`` returned no path.
         """
         if self._paths is not None:
-            matching = [glob for glob in self._paths if fnmatchcase(path, glob)]
+            matching = [glob for glob in self._paths if _matches(path, glob)]
             if not matching:
                 return None
             self._matched.update(matching)
@@ -57,11 +57,19 @@ class Selection:
 
     def selects(self, path: str) -> bool:
         """Whether a stored leaf is wanted."""
-        return self._paths is None or any(fnmatchcase(path, glob) for glob in self._paths)
+        return self._paths is None or any(_matches(path, glob) for glob in self._paths)
 
     def check(self) -> None:
         """Raise ``MismatchError`` for globs that matched nothing: most likely a typing error."""
         unmatched = [glob for glob in self._paths or () if glob not in self._matched]
         if unmatched:
             globs = ", ".join(map(repr, unmatched))
-            raise MismatchError(f"no stored path matches {globs}; 'torchsnapshot show SNAPSHOT' lists the paths")
+            raise MismatchError(
+                f"no stored path matches {globs}; 'torchsnapshot show SNAPSHOT' lists the paths, each after its rank, "
+                "which does not belong to them here"
+            )
+
+
+def _matches(path: str, glob: str) -> bool:
+    """Whether a glob matches a path, or what stands above it."""
+    return fnmatchcase(path, glob) or fnmatchcase(path, f"{glob}/*")

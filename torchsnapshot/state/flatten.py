@@ -152,14 +152,15 @@ def flatten(prefix: str, state: Any, *, on_opaque: OnOpaque, above: Iterable[int
 def _container(branch: Branch) -> ContainerEntry:
     context = dict(branch.context or {})
     keys: Sequence[Any] = range(len(branch.children)) if branch.keys is None else branch.keys
-    if not all(_fits_path(key) for key in keys):
+    if not all(fits_path(key) for key in keys):
         # such keys stand in the context, and the children's paths count them
         context["keys"] = list(keys)
         keys = range(len(branch.children))
     return ContainerEntry(branch.kind, tuple(keys), values.encode(context) if context else b"")
 
 
-def _fits_path(key: Any) -> bool:
+def fits_path(key: Any) -> bool:
+    """Whether a dict's key may stand in a path. Where one of its keys doesn't, the paths count all of its children."""
     kind = type(key)
     if kind is int:
         return key in _INT64
@@ -276,6 +277,15 @@ def _context_of(path: str, entry: ContainerEntry, resolve: Resolve) -> tuple[Con
     if not isinstance(keys, (list, tuple)) or len(keys) != len(entry.keys):
         raise FormatError(f"{path}: a {entry.kind} with {len(entry.keys)} children has other keys in its context")
     return context, keys
+
+
+def keys_of(path: str, entry: ContainerEntry, resolve: Resolve) -> Sequence[Any]:
+    """The keys of a container's children, also those that cannot stand in a path.
+
+    Raises:
+        FormatError: the entry is no container of a known kind.
+    """
+    return _context_of(path, entry, resolve)[1]
 
 
 def child_of(target: Any, key: Any) -> Any:

@@ -114,7 +114,9 @@ class Head:
             ValueError: a value that no head can hold, or more than ``MAX_HEAD_NBYTES`` of them.
         """
         if not user_metadata_fits(self.user_metadata):
-            raise ValueError(f"user metadata above {MAX_USER_METADATA_NBYTES} bytes does not fit into the head")
+            raise ValueError(
+                f"user metadata above {MAX_USER_METADATA_NBYTES} bytes, or not of a head's kinds, does not fit into it"
+            )
         packed = bounded.pack([getattr(self, name) for name in _HEAD_FIELDS])
         if len(packed) > MAX_HEAD_NBYTES:
             raise ValueError(f"a head of {len(packed)} bytes, more than {MAX_HEAD_NBYTES}")
@@ -168,12 +170,24 @@ _HEAD_FIELDS = ("take_id", "store_id", "created_ms", "parent", *_HEAD_NUMBERS, "
 
 
 def user_metadata_fits(user_metadata: Mapping[str, Any]) -> bool:
-    """Whether this user metadata may stand in the head; otherwise a take stores it as an entry.
+    """Whether this user metadata may stand in the head: it is small, and comes back from there as it is.
 
-    Raises:
-        ValueError, TypeError: it holds something other than plain values.
+    A take stores everything else as an entry.
     """
-    return len(bounded.pack(dict(user_metadata))) <= MAX_USER_METADATA_NBYTES
+    metadata = dict(user_metadata)
+    return _is_kept_by_head(metadata) and len(bounded.pack(metadata)) <= MAX_USER_METADATA_NBYTES
+
+
+def _is_kept_by_head(value: object, depth: int = bounded.MAX_PLAIN_DEPTH - 1) -> bool:
+    """Whether a head gives a value back as it is: a tuple would become a list, and a date is nothing to it."""
+    kind = type(value)
+    if isinstance(value, (dict, list)) and kind in (dict, list):
+        is_known = isinstance(value, list) or all(type(key) is str for key in value)
+        items = value.values() if isinstance(value, dict) else value
+        return is_known and depth > 0 and all(_is_kept_by_head(item, depth - 1) for item in items)
+    if isinstance(value, int) and kind is int:
+        return -(1 << 63) <= value < 1 << 64
+    return value is None or kind in (bool, float, str, bytes)
 
 
 @dataclass(frozen=True, slots=True)
