@@ -30,8 +30,8 @@ LAYERS = [
     store.parallel store.processes store.turns""",
     """store.blob_folders store.container store.durable_names store.envelope store.filesystems store.gcs_files
     store.local store.local_errors store.locate store.memory store.other_files store.posix store.records store.remote
-    store.remote_errors store.remote_files store.s3_files store.streamed_bodies store.table_references store.tables
-    store.temporary_names store.walk store.whole_filesystem""",
+    store.remote_errors store.remote_files store.s3_files store.table_references store.tables
+    store.temporary_names store.transfers store.walk store.whole_filesystem""",
     # the store's protocol
     """store""",
     # what stands in it: stored chunks, manifests
@@ -73,7 +73,7 @@ PURE = [
     "store.gcplan",
     "state.values",
 ]
-CLIENTS_OF_EVENT_LOOPS = {"store.gcs_files", "store.s3_files", "store.streamed_bodies"}
+CLIENTS_OF_EVENT_LOOPS = {"store.gcs_files", "store.s3_files", "store.transfers"}
 """Modules that speak to a library on its own event loop, where an answer can be had piece by piece only there."""
 
 IMPURE = {"asyncio", "io", "os", "pathlib", "random", "shutil", "socket", "subprocess", "tempfile", "threading", "time"}

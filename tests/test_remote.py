@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import aiohttp
 import fsspec.asyn
 import pytest
 from conftest import StoreUrl, s3_options
@@ -25,8 +27,9 @@ from torchsnapshot.errors import (
     StoreUnavailableError,
     UnknownProtocolError,
 )
-from torchsnapshot.store import filesystems, gcs_files, remote_errors
+from torchsnapshot.store import filesystems, gcs_files, remote_errors, transfers
 from torchsnapshot.store.remote import RemoteBackend, RetryPolicy
+from torchsnapshot.store.remote_files import Page
 
 QUICK = RetryPolicy(attempts=4, first_wait=0.001, longest_wait=0.002)
 SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
@@ -227,8 +230,54 @@ class TestBulkDelete:
         assert backend.delete(["one", "two"]) == {}
         assert list(backend.list("")) == []
 
+    def test_a_service_that_asks_for_less(self, s3_proxied: tuple[RemoteBackend, FaultProxy]) -> None:
+        """A bulk delete that was throttled is tried again as it is, and not key by key."""
+        backend, proxy = s3_proxied
+        keys = [f"key{number}" for number in range(20)]
+        for key in keys:
+            backend.put(key, b"")
+        proxy.fail_next(1, Fault(503, SLOW_DOWN), method="POST")
+        proxy.seen.clear()
+        assert backend.delete(keys) == {}
+        assert [method for method, _ in proxy.seen] == ["POST", "POST"]
+
+
+class TestSilentServers:
+    @pytest.fixture(params=["s3", "gcs"])
+    def silent(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[RemoteBackend]:
+        """A backend whose server accepts connections, and then neither reads nor answers."""
+        monkeypatch.setattr(transfers, "_MIN_UPLOAD_RATE", 1e9)
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            url = f"http://127.0.0.1:{server.getsockname()[1]}"
+            if request.param == "s3":
+                options = {**s3_options(url), "config_kwargs": {"read_timeout": 0.3, "connect_timeout": 5}}
+            else:
+                timeout = aiohttp.ClientTimeout(sock_connect=5, sock_read=0.3)
+                options = {"endpoint_url": url, "token": "anon", "requests_timeout": timeout}
+            yield RemoteBackend(f"{request.param}://bucket/run", options, retry=RetryPolicy(2, 0.001, 0.002))
+
+    @pytest.mark.parametrize("nbytes", [10, 16_000_000])
+    def test_uploads_come_to_an_end(self, silent: RemoteBackend, nbytes: int) -> None:
+        """A put is given up, whether the server reads the body or not, and the error says what was waited for."""
+        with pytest.raises(StoreUnavailableError, match=r"put 'key'.*(no answer to an upload|imeout|timed out)"):
+            silent.put("key", bytes(nbytes))
+
+    def test_other_requests_come_to_an_end(self, silent: RemoteBackend) -> None:
+        """So are reads, listings and deletes."""
+        for request in (lambda: silent.read("key"), lambda: list(silent.list(""))):
+            with pytest.raises(StoreUnavailableError):
+                request()
+        assert {type(error) for error in silent.delete(["a", "b"]).values()} == {StoreUnavailableError}
+
 
 class TestListings:
+    def test_one_that_does_not_go_on(self, s3_url: StoreUrl, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A service that names the same next page for ever is an error."""
+        backend = RemoteBackend(*s3_url, retry=QUICK)
+        monkeypatch.setattr(backend._files, "page", lambda *args, **options: Page((), (), "again"))
+        with pytest.raises(StoreError, match="does not go on"):
+            list(backend.list(""))
+
     @pytest.mark.parametrize("service", ["s3", "gcs"])
     def test_pages(self, request: pytest.FixtureRequest, service: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """A listing goes on to its last page, by level and at any depth."""
@@ -389,6 +438,14 @@ class TestReadInto:
 
 
 class TestClearErrors:
+    def test_an_expired_token(self, s3_proxied: tuple[RemoteBackend, FaultProxy]) -> None:
+        """S3 answers HEAD with nothing but "bad request" then: the reason is asked for, and the cure is told."""
+        backend, proxy = s3_proxied
+        expired = s3_error("ExpiredToken", "The provided token has expired.")
+        proxy.decide = lambda method, path: Fault(400, b"" if method == "HEAD" else expired)
+        with pytest.raises(CredentialsError, match=r"token has expired.*storage_options"):
+            backend.stat("key")
+
     def test_no_such_bucket(self, s3_url: StoreUrl, gcs_url: StoreUrl) -> None:
         """A bucket that isn't there is its own error, for every request, and is named."""
         for url, options in (s3_url, gcs_url):
@@ -510,7 +567,7 @@ class TestChecksums:
             monkeypatch.setattr(gcs_files, "_crc32c_function", lambda: None)
         backend = RemoteBackend(*gcs_url, retry=QUICK)
         files: Any = backend._files
-        real = files._fs.call
+        real = files._fs._call
         damage = [2]
 
         def call(method: str, path: str, *arguments: Any, **options: Any) -> Any:
@@ -519,7 +576,7 @@ class TestChecksums:
                 options["data"].getbuffer()[-60] ^= 1
             return real(method, path, *arguments, **options)
 
-        monkeypatch.setattr(files._fs, "call", call)
+        monkeypatch.setattr(files._fs, "_call", call)
         backend.put("key", b"x" * 200)
         assert damage == [0]
         assert backend.read("key") == b"x" * 200
@@ -634,21 +691,21 @@ def answer_bulk_delete(
 ) -> list[list[str]]:
     """Let bulk deletes report these errors (name → code) for keys, one answer per request; returns what was sent."""
     files: Any = backend._files
-    real = files._fs.call_s3
+    real = files._send
     sent: list[list[str]] = []
 
-    def call(method: str, **request: Any) -> Any:
+    def send(method: str, nbytes: int, **request: Any) -> Any:
         if method != "delete_objects":
-            return real(method, **request)
+            return real(method, nbytes, **request)
         errors = answers[len(sent)]
         names = {item["Key"].rpartition("/")[2]: item for item in request["Delete"]["Objects"]}
         sent.append(sorted(names))
         kept = [item for name, item in names.items() if name not in errors]
         if kept:
-            real(method, **{**request, "Delete": {"Objects": kept, "Quiet": True}})
+            real(method, nbytes, **{**request, "Delete": {"Objects": kept, "Quiet": True}})
         return {"Errors": [{"Key": names[name]["Key"], "Code": code, "Message": "no"} for name, code in errors.items()]}
 
-    monkeypatch.setattr(files._fs, "call_s3", call)
+    monkeypatch.setattr(files, "_send", send)
     return sent
 
 

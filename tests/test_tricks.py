@@ -12,7 +12,8 @@ from torch import distributed
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
-from torchsnapshot import adapters, tricks
+from torchsnapshot import Snapshot, adapters, tricks
+from torchsnapshot.errors import PartialRestoreError
 from torchsnapshot.test_utils import check_state_dict_eq
 from torchsnapshot.tricks.ddp import DDP_STATE_DICT_PREFIX, DistributedDataParallelAdapter
 from torchsnapshot.tricks.fsdp import FSDPOptimizerAdapter
@@ -108,3 +109,19 @@ def test_fsdp_optimizer_state_goes_round(process_group: None) -> None:
     other = torch.optim.AdamW(module.parameters(), lr=0.5)
     FSDPOptimizerAdapter(module, other).load_state_dict(state)
     assert check_state_dict_eq(other.state_dict(), optimizer.state_dict())
+
+
+def test_a_model_on_the_meta_device_gets_memory(tmp_path: Path) -> None:
+    """Under both kinds of names a model that has no memory yet is restored, as a bare module is."""
+    source = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.BatchNorm1d(8))
+    path = str(tmp_path / "run" / "step")
+    Snapshot.take(path, {"whole": tricks.ModelState(source), "ddp": source})
+    with torch.device("meta"):
+        models = [torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.BatchNorm1d(8)) for _ in range(3)]
+    Snapshot(path).restore({"whole": tricks.ModelState(models[0])})
+    Snapshot(path).restore({"ddp": DistributedDataParallelAdapter(models[1])})
+    for model in models[:2]:
+        assert check_state_dict_eq(dict(model.state_dict()), dict(source.state_dict()))
+    optimizer = torch.optim.SGD(models[2].parameters(), 0.1)
+    with pytest.raises(PartialRestoreError, match="to_empty"):
+        Snapshot(path).restore({"whole": tricks.ModelState(models[2], optimizer)})

@@ -286,3 +286,17 @@ def test_what_is_shared_is_read_once(root: Path) -> None:
     for ref in refs(root / "step_1", "app/frozen"):
         assert ref.base is None
         assert reads.count(blob_object(ref.key)) == 1
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_a_store_inside_of_a_store(tmp_path: Path, depth: Depth) -> None:
+    """A run that had a store before one was made above it is checked in its own, under its name in the outer one."""
+    state = {"s": StateDict(t=torch.ones(CHUNK_NBYTES))}
+    Snapshot.take(str(tmp_path / "run7" / "step_1"), state)
+    Snapshot.take(str(tmp_path / "base"), {"s": StateDict(t=torch.zeros(CHUNK_NBYTES))})
+    for path in (str(tmp_path), f"{tmp_path}/"):
+        assert verify_path(path, depth) == VerifyResult(["base", "run7/step_1"], [])
+    (blob,) = [file for file in (tmp_path / "run7" / ".torchsnapshot" / "blobs").rglob("*") if file.is_file()][:1]
+    blob.unlink()
+    found = {(problem.kind, problem.name) for problem in verify_path(str(tmp_path), depth).problems}
+    assert found == (set() if depth == "manifests" else {("missing", "run7/step_1")})

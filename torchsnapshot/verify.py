@@ -6,9 +6,10 @@ What doesn't live here: repair. Blobs that are found damaged are noted in the st
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
 from torchsnapshot import knobs
@@ -60,7 +61,34 @@ def verify_path(
         raise SnapshotNotFoundError(
             f"{path}: no snapshot is at or below this folder; what is there: torchsnapshot ls {place.backend.url}"
         )
-    return VerifyResult(names, verify_names(repository, names, depth, progress))
+    elsewhere = _elsewhere(repository, path, place.name, storage_options)
+    problems = verify_names(repository, [name for name in names if name not in elsewhere], depth, progress)
+    for store in {opened.repository.url: opened.repository for opened in elsewhere.values()}.values():
+        outer = {opened.name: name for name, opened in elsewhere.items() if opened.repository.url == store.url}
+        found = verify_names(store, outer, depth, progress)
+        problems += [replace(problem, name=outer.get(problem.name, problem.name)) for problem in found]
+    return VerifyResult(names, problems)
+
+
+def _elsewhere(
+    repository: Repository, path: str, place: str, storage_options: StorageOptions | None
+) -> dict[str, Opened]:
+    """The snapshots below a path whose bytes are in another store than this one, by name.
+
+    A run's folder had its own store before one was made above it: both lead to its snapshots, one of them holds them.
+    """
+    found: dict[str, Opened] = {}
+    top = os.fspath(path).rstrip("/")
+    for info in repository.list_snapshots(place):
+        if info.head.store_id == repository.store_id:
+            continue
+        try:
+            opened = open_snapshot(f"{top}/{info.name[len(place) :].lstrip('/')}".rstrip("/"), storage_options)
+        except SnapshotError:
+            continue  # the check of this store says what is wrong
+        if opened.repository.url != repository.url:
+            found[info.name] = opened
+    return found
 
 
 def verify_snapshot(opened: Opened, depth: Depth) -> list[Problem]:

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch.nn import Module
 
+from torchsnapshot.restoring.loading import load_module
+
 DDP_STATE_DICT_PREFIX = "module."
 
 
@@ -49,4 +51,4 @@ class DistributedDataParallelAdapter:
                 (path + ".").removeprefix(DDP_STATE_DICT_PREFIX)[:-1]: version for path, version in versions.items()
             }
             renamed._metadata = bare if renamed.keys() != state_dict.keys() else versions  # type: ignore[attr-defined]
-        self.module.load_state_dict(renamed, strict=strict)
+        load_module(self.module, renamed, strict)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.distributed.checkpoint import state_dict as names_of_torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from torchsnapshot.restoring.loading import put_back_casts
+from torchsnapshot.restoring.loading import load_module, put_back_casts
 
 logger = logging.getLogger(__name__)
 
@@ -71,9 +72,22 @@ class ModelState:
         Raises:
             RuntimeError: names of the model are missing, or there are others.
         """
-        set_model_state_dict(self.model, dict(state_dict["model"]), options=StateDictOptions(strict=True))
+        if any(tensor.is_meta for tensor in chain(self.model.parameters(), self.model.buffers())):
+            self._load_meta_model(state_dict["model"])
+        else:
+            set_model_state_dict(self.model, dict(state_dict["model"]), options=StateDictOptions(strict=True))
         if self.optimizer is not None:
             self._load_optimizer(self.optimizer, state_dict.get("optim", {}))
+
+    def _load_meta_model(self, saved: Mapping[str, Any]) -> None:
+        """Load a model that has no memory yet: torch's function would change nothing, and say nothing."""
+        if self.optimizer is not None:
+            raise ValueError(
+                "ModelState: the model is on the meta device, and its optimizer holds the parameters that would be "
+                "replaced: call model.to_empty(device=…) before the restore"
+            )
+        own = {fqn: name for name in self.model.state_dict() for fqn in _torch._get_fqns(self.model, name)}
+        load_module(self.model, {own.get(fqn, fqn): value for fqn, value in saved.items()}, strict=True)
 
     def parameter_of(self, components: Sequence[str]) -> torch.Tensor | None:
         """The parameter like which a tensor of the optimizer's state is spread.

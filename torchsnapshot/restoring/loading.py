@@ -102,7 +102,7 @@ def load(key: str, stateful: Stateful, state: Any, strict: bool, *, has_written:
     """
     try:
         if isinstance(stateful, torch.nn.Module):
-            _load_module(stateful, state, strict)
+            load_module(stateful, state, strict)
         else:
             stateful.load_state_dict(state)
         if isinstance(stateful, torch.optim.Optimizer):
@@ -118,7 +118,8 @@ def load(key: str, stateful: Stateful, state: Any, strict: bool, *, has_written:
         ) from error
 
 
-def _load_module(module: torch.nn.Module, state: Any, strict: bool) -> None:
+def load_module(module: torch.nn.Module, state: Any, strict: bool) -> None:
+    """``module.load_state_dict``, also where parameters or buffers are on the meta device."""
     # a module's own load_state_dict may know neither of these arguments
     options = {} if strict else {"strict": False}
     if not any(tensor.is_meta for tensor in chain(module.parameters(), module.buffers())):

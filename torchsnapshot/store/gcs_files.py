@@ -22,7 +22,7 @@ from torchsnapshot.errors import CredentialsError
 from torchsnapshot.store.backend import ObjectInfo
 from torchsnapshot.store.remote_errors import is_out_of_range
 from torchsnapshot.store.remote_files import CREATION, Page, RemoteFiles, seconds
-from torchsnapshot.store.streamed_bodies import copy_body, filled
+from torchsnapshot.store.transfers import ANSWER_SECONDS, copy_body, filled, sent
 
 _LIST_PAGE = 1000
 
@@ -63,7 +63,8 @@ class GcsFiles(RemoteFiles):
         )
         body = b"".join((head.encode(), data, f"\r\n--{boundary}--\r\n".encode()))
         try:
-            answer = self._fs.call(
+            request = partial(
+                self._fs._call,
                 "POST",
                 f"{self._upload_base}b/{quote(self._bucket, safe='')}/o",
                 uploadType="multipart",
@@ -72,12 +73,20 @@ class GcsFiles(RemoteFiles):
                 json_out=True,
                 **condition,
             )
+            answer = sent(self._fs.loop, request, len(body), self._answer_seconds)
         except Exception as error:
             if "match calculated" in str(error):
                 raise UploadChecksumError(str(error)) from None  # not the cause: its "400" reads like a final answer
             raise
         if answer.get(name, checksum) != checksum:
             raise UploadChecksumError(f"{name} of what was stored is {answer[name]}, of what was sent {checksum}")
+
+    @property
+    def _answer_seconds(self) -> float:
+        """How long the service may be silent: the user's own bound, which aiohttp takes as a number too."""
+        given = self._fs.requests_timeout
+        bound = given if isinstance(given, (int, float)) else getattr(given, "sock_read", None)
+        return bound or ANSWER_SECONDS
 
     def creation_of(self, key: str) -> str | None:
         """See ``RemoteFiles.creation_of``."""

@@ -197,6 +197,10 @@ class RemoteBackend(Backend):
             yield page
             if page.next_token is None:
                 return
+            if page.next_token == token:
+                raise StoreError(
+                    f"{self.url}: the listing of {folder!r} does not go on: after this page comes this page"
+                )
             token = page.next_token
 
     # ---- removing and renewing

@@ -6,6 +6,7 @@ they ask twice, expand patterns, or lose the errors of single keys.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from functools import partial
 from http import HTTPStatus
@@ -13,9 +14,9 @@ from typing import Any
 
 from torchsnapshot.errors import StoreError
 from torchsnapshot.store.backend import ObjectInfo
-from torchsnapshot.store.remote_errors import is_out_of_range
+from torchsnapshot.store.remote_errors import is_out_of_range, is_transient
 from torchsnapshot.store.remote_files import CREATION, Page, RemoteFiles
-from torchsnapshot.store.streamed_bodies import copy_body, filled
+from torchsnapshot.store.transfers import ANSWER_SECONDS, copy_body, filled, sent
 
 
 class S3Files(RemoteFiles):
@@ -32,13 +33,27 @@ class S3Files(RemoteFiles):
     def put(self, key: str, data: bytes, *, creation: str | None = None) -> None:
         """See ``RemoteFiles.put``. One PUT, checked by the checksum that botocore adds (or Content-MD5)."""
         condition = {"IfNoneMatch": "*", "Metadata": {CREATION: creation}} if creation is not None else {}
-        self._fs.call_s3("put_object", Bucket=self._bucket, Key=self._full(key), Body=data, **condition)
+        self._send("put_object", len(data), Key=self._full(key), Body=data, **condition)
+
+    def _send(self, method: str, nbytes: int, **arguments: Any) -> Any:
+        """A request with a body of about so many bytes."""
+        seconds = self._fs.config_kwargs.get("read_timeout", ANSWER_SECONDS)
+        request = partial(self._fs._call_s3, method, Bucket=self._bucket, **arguments)
+        return sent(self._fs.loop, request, nbytes, seconds)
 
     def creation_of(self, key: str) -> str | None:
         """See ``RemoteFiles.creation_of``."""
-        head = self._fs.call_s3("head_object", Bucket=self._bucket, Key=self._full(key))
-        found: str | None = head.get("Metadata", {}).get(CREATION)
+        found: str | None = self._head(key).get("Metadata", {}).get(CREATION)
         return found
+
+    def _head(self, key: str) -> Any:
+        try:
+            return self._fs.call_s3("head_object", Bucket=self._bucket, Key=self._full(key))
+        except OSError as error:
+            if error.errno == errno.EINVAL:
+                # "bad request": an answer to HEAD has no body that would say why; an expired token is one reason
+                self.probe()
+            raise
 
     def get(self, key: str, start: int, end: int | None) -> bytes:
         """See ``RemoteFiles.get``."""
@@ -65,7 +80,7 @@ class S3Files(RemoteFiles):
 
     def info(self, key: str) -> ObjectInfo:
         """See ``RemoteFiles.info``. ``fs.info`` would take a folder of that name for it, by a second request."""
-        head = self._fs.call_s3("head_object", Bucket=self._bucket, Key=self._full(key))
+        head = self._head(key)
         return ObjectInfo(key, int(head["ContentLength"]), head["LastModified"].timestamp())
 
     def page(self, folder: str, *, deep: bool, token: str | None) -> Page:
@@ -96,9 +111,9 @@ class S3Files(RemoteFiles):
         names = {self._full(key): key for key in keys}
         request = {"Objects": [{"Key": name} for name in names], "Quiet": True}
         try:
-            answer = self._fs.call_s3("delete_objects", Bucket=self._bucket, Delete=request)
+            answer = self._send("delete_objects", sum(map(len, names)), Delete=request)
         except Exception as error:
-            if getattr(error, "errno", None) is None or isinstance(error, PermissionError):
+            if getattr(error, "errno", None) is None or isinstance(error, PermissionError) or is_transient(error):
                 raise
             # Some services know no bulk delete, or refuse the checksum that it is sent with.
             return {key: failure for each in keys for key, failure in self._delete_one(each).items()}

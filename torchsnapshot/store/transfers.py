@@ -1,29 +1,58 @@
-"""The body of an answer, put into memory piece by piece as it comes, on the event loop of an fsspec filesystem.
+"""The bodies of requests and answers, on the event loop of an fsspec filesystem: bounded in time, and in memory.
 
-A body that is asked for as a whole takes fresh memory, and one more copy. What doesn't live here: requests
-(``s3_files``, ``gcs_files``).
+The clients bound the seconds that an answer may take, but not those in which a server takes nothing of a body, nor
+those before it says that it will. And a body that is asked for as a whole takes fresh memory, and one more copy. What
+doesn't live here: requests (``s3_files``, ``gcs_files``), retries (``remote``).
 
 Invariant: once ``filled`` has returned or raised, nothing is written to the memory any more.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 import fsspec.asyn
+from fsspec.exceptions import FSTimeoutError
 
 from torchsnapshot.store.remote_errors import is_out_of_range
 
+ANSWER_SECONDS: Final = 60
+"""How long a server may be silent, where the user has not said otherwise."""
+
+_MIN_UPLOAD_RATE: Final = 10_000
+"""Bytes a second that an upload makes at the very least: 32 of them at once share a line of 2.6 Mbit/s."""
+
 _PIECE_NBYTES: Final = 1 << 20
 """What is asked of a body at once; it gives what has come, which is less."""
+
+
+def sent(loop: Any, request: Callable[[], Awaitable[Any]], nbytes: int, seconds: float) -> Any:
+    """What comes of a request with a body; it is given up where that cannot be under way any more.
+
+    Args:
+        loop: the event loop that the request runs on, in a thread of its own.
+        request: sends the body, and returns the answer.
+        nbytes: of the body.
+        seconds: how long the server may be silent.
+
+    Raises:
+        TimeoutError: no answer came in time. The body may have arrived all the same.
+    """
+    begin = time.monotonic()
+    try:
+        return fsspec.asyn.sync(loop, request, timeout=seconds + nbytes / _MIN_UPLOAD_RATE)
+    except FSTimeoutError as error:
+        waited = time.monotonic() - begin
+        raise TimeoutError(f"no answer to an upload of {nbytes:,} bytes after {waited:.0f} s") from error
 
 
 def filled(loop: Any, request: Callable[[memoryview], Awaitable[int]], memory: memoryview) -> int:
     """Let a request fill memory; returns how many bytes it had, 0 where it began behind the object's end.
 
     Args:
-        loop: the event loop that the request runs on, in a thread of its own.
+        loop: as for ``sent``.
         request: fills what it is given, and returns how many bytes there were.
         memory: writable.
     """
