@@ -28,7 +28,7 @@ from torchsnapshot.errors import (
     StoreError,
     StoreFullError,
 )
-from torchsnapshot.store import durable_names, keys
+from torchsnapshot.store import durable_names, keys, local
 from torchsnapshot.store.local import LocalBackend
 from torchsnapshot.store.mounts import Coherence, Mount
 
@@ -807,3 +807,21 @@ def mount(folder: Path, options: str, flags: int = 0) -> None:
 def unmount(folder: Path) -> None:
     """Undo ``mount``."""
     ctypes.CDLL(None).umount2(os.fsencode(folder), 2)
+
+
+def test_folders_that_are_removed_between_two_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A put tries again where somebody takes an empty folder away while the one inside of it is being made."""
+    backend = LocalBackend(str(tmp_path / "root"))
+    real = local.make_folder
+    left = [3]
+
+    def make(path: str) -> None:
+        if path.endswith("inner") and left[0]:
+            left[0] -= 1
+            os.rmdir(os.path.dirname(path))
+        real(path)
+
+    monkeypatch.setattr(local, "make_folder", make)
+    backend.put("outer/inner/key", b"content")
+    assert backend.read("outer/inner/key") == b"content"
+    assert left == [0]

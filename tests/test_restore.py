@@ -833,14 +833,34 @@ def test_random_state_after_a_restore_is_that_after_the_take(path: str, key: str
 
 
 def test_strict_is_passed_to_modules(path: str) -> None:
-    """Missing and unexpected keys are errors that say the target is a mix, unless ``strict=False``."""
-    source = nn.Sequential(nn.Linear(3, 3))
+    """Missing and unexpected keys are errors before anything is written, unless ``strict=False``."""
+    source = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
     Snapshot.take(path, {"m": source})
-    for target in (nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), nn.Sequential(nn.Linear(3, 3, bias=False))):
-        with pytest.raises(PartialRestoreError, match=r"m: Sequential\.load_state_dict failed.*mix of old and new"):
+    more = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3))
+    fewer = nn.Sequential(nn.Linear(3, 3, bias=False), nn.BatchNorm1d(3))
+    for target, said in ((more, "it has 2.bias, 2.weight, which"), (fewer, "the snapshot has 0.bias, which")):
+        before = copy.deepcopy(target.state_dict())
+        with pytest.raises(MismatchError, match=f"m: {said}.*Nothing was restored"):
             Snapshot(path).restore({"m": target})
+        assert check_state_dict_eq(dict(target.state_dict()), dict(before))
         Snapshot(path).restore({"m": target}, strict=False)
         assert torch.equal(target[0].weight, source[0].weight)
+
+
+def test_modules_that_read_a_state_in_their_own_way_are_asked(path: str) -> None:
+    """A hook may add or drop names; where one does not, torch's error says that the target is a mix."""
+    Snapshot.take(path, {"m": nn.Sequential(nn.Linear(3, 3))})
+    target = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    target.register_load_state_dict_pre_hook(lambda module, state, *rest: None)
+    with pytest.raises(PartialRestoreError, match=r"m: Sequential\.load_state_dict failed.*mix of old and new"):
+        Snapshot(path).restore({"m": target})
+
+    def fill(module: nn.Module, state: dict[str, Any], *rest: Any) -> None:
+        for name, tensor in module.state_dict().items():
+            state.setdefault(name, tensor)
+
+    target.register_load_state_dict_pre_hook(fill)
+    Snapshot(path).restore({"m": target})
 
 
 def test_module_with_a_load_state_dict_of_its_own(path: str) -> None:

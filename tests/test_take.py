@@ -17,11 +17,15 @@ import torch
 from folders import blobs, entry, files, generations, keys, manifest, mislabelled, new_process, refs, run_python
 
 from torchsnapshot import Snapshot, StateDict, knobs
+from torchsnapshot.chunks import bases
 from torchsnapshot.chunks.encoded import read_header
 from torchsnapshot.errors import SnapshotError, SnapshotNotFoundError, UnsupportedValueError
 from torchsnapshot.format.entries import TensorEntry, ValueEntry
+from torchsnapshot.recent import NUM_STORES
+from torchsnapshot.store import commit, known
 from torchsnapshot.store.clock import SYSTEM_CLOCK
 from torchsnapshot.store.envelope import MAX_USER_METADATA_NBYTES, Form
+from torchsnapshot.taking import history, structure
 from torchsnapshot.taking import take as taking
 
 CHUNK_NBYTES = 64 << 10
@@ -797,3 +801,41 @@ def test_user_metadata_comes_back_as_it_was(tmp_path: Path, metadata: dict[str, 
     path = str(tmp_path / "run" / "step")
     Snapshot.take(path, {"s": StateDict(step=1)}, user_metadata=metadata)
     assert repr(Snapshot(path).user_metadata) == repr(metadata)
+
+
+def test_a_delete_leaves_a_take_that_is_about_to_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a delete removes was committed before it, or never will be: a take that succeeds leaves its snapshot."""
+    path = str(tmp_path / "run" / "latest")
+    Snapshot.take(path, {"s": StateDict(t=torch.zeros(300))})
+    check = commit._check_alive_after
+
+    def delete_first(*arguments: Any) -> Any:
+        Snapshot(path).delete()
+        with pytest.raises(SnapshotNotFoundError):
+            Snapshot(path).restore({"s": StateDict()})
+        return check(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(commit, "_check_alive_after", delete_first)
+        Snapshot.take(path, {"s": StateDict(t=torch.ones(300))})
+    assert torch.equal(Snapshot(path).read_object("0/s/t"), torch.ones(300))
+    Snapshot(path).delete()
+    assert not [file for file in (tmp_path / "run" / "latest").rglob("*") if file.is_file()]
+
+
+def test_what_a_process_remembers_does_not_grow_with_stores(tmp_path: Path) -> None:
+    """Of many stores, as where each snapshot has one, the last few are remembered; the others are taken into anew."""
+    state = StateDict(t=torch.ones(300))
+    for number in range(3 * NUM_STORES):
+        path = str(tmp_path / f"alone_{number}")
+        Snapshot.take(path, {"s": state}, store=path, encoding="smallest")
+    for kept in (structure._structures, history._remembered, known._filled, bases._bases):
+        assert len(kept) <= NUM_STORES
+    first = str(tmp_path / "alone_0")
+    assert Snapshot.take(first, {"s": state}, store=first).stats.new_nbytes == 0  # type: ignore[union-attr]
+
+
+def test_a_zero_tensor_is_named(tmp_path: Path) -> None:
+    """What autograd has made without memory is refused with what to do."""
+    with pytest.raises(UnsupportedValueError, match=r"s/t: .* zero tensor"):
+        Snapshot.take(str(tmp_path / "run"), {"s": StateDict(t=torch._efficientzerotensor((300,)))})

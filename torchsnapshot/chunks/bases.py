@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from torchsnapshot.engine.buffers import Buffer, BufferPool, address_of, size_class
+from torchsnapshot.recent import Recent
 from torchsnapshot.store.envelope import ChunkRef, Form
 
 GAINLESS: Final = 0.02
@@ -247,7 +248,7 @@ def _last_name(path: str) -> str:
     return path.rpartition("/")[2].rpartition(".")[2]
 
 
-_bases: dict[str, Bases] = {}
+_bases: Recent[str, Bases] = Recent()
 
 
 def bases_of(store_id: str) -> Bases:
@@ -258,7 +259,7 @@ def bases_of(store_id: str) -> Bases:
     for other, kept in list(_bases.items()):
         if other != store_id:
             kept.free_copies()
-    return _bases.setdefault(store_id, Bases())
+    return _bases.put(store_id, _bases.get(store_id) or Bases())
 
 
 def forget() -> None:

@@ -6,7 +6,7 @@ What doesn't live here: how the state was brought back (``restore``).
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -127,6 +127,36 @@ def load_module(module: torch.nn.Module, state: Any, strict: bool) -> None:
     else:
         # what is on the meta device has no memory to copy into
         module.load_state_dict(_to_assign(module, state), assign=True, **options)
+
+
+def names_refused(module: torch.nn.Module, own: Collection[str], stored: Collection[str]) -> str:
+    """What ``module.load_state_dict`` with ``strict=True`` would have against a state; "" for nothing.
+
+    Only what is sure: modules that read or write a state in their own way are asked when everything has been read.
+
+    Args:
+        module: the module.
+        own: the names in its state.
+        stored: the names in the other one.
+    """
+    plain, norm = torch.nn.Module, torch.nn.modules.batchnorm._NormBase
+    for each in module.modules():
+        reads = type(each)._load_from_state_dict
+        # the norms read states of before they counted batches
+        is_known = reads is plain._load_from_state_dict or reads is norm._load_from_state_dict
+        has_hooks = each._load_state_dict_pre_hooks or each._load_state_dict_post_hooks or each._state_dict_hooks
+        is_own = type(each).load_state_dict is plain.load_state_dict and type(each).state_dict is plain.state_dict
+        if not is_known or has_hooks or not is_own:
+            return ""
+    lacking = [name for name in own if name not in stored and not name.endswith("num_batches_tracked")]
+    unknown = [name for name in stored if name not in own]
+    told = (("it has {}, which are not in the snapshot", lacking), ("the snapshot has {}, which it has not", unknown))
+    return "; ".join(text.format(_few(sorted(names))) for text, names in told if names)
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def _to_assign(module: torch.nn.Module, state: Any) -> Any:

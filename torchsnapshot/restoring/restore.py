@@ -32,7 +32,7 @@ from torchsnapshot.reading.opening import Opened, check_key, other_generations_n
 from torchsnapshot.reading.reads import Reading
 from torchsnapshot.restoring.elastic import entries_for
 from torchsnapshot.restoring.live_state import leaves_of
-from torchsnapshot.restoring.loading import allocator_for, load, parameter_finder, read_states
+from torchsnapshot.restoring.loading import allocator_for, load, names_refused, parameter_finder, read_states
 from torchsnapshot.restoring.options import RestoreOptions
 from torchsnapshot.restoring.partial import restore_part
 from torchsnapshot.restoring.parts import Part, built, gather, refusal
@@ -102,7 +102,7 @@ def _restore_whole(
 def _check_names(
     path: str, stateful: Stateful, state: Any, entries: Mapping[str, Entry], options: RestoreOptions
 ) -> None:
-    """Say so before anything is written where a module's names differ by wrappers only."""
+    """Say so before anything is written where a module would refuse the stored names."""
     if not isinstance(stateful, torch.nn.Module) or not isinstance(state, dict):
         return
     below = f"{path}/"
@@ -114,6 +114,9 @@ def _check_names(
         raise MismatchError(f"{reason}. Nothing was restored")
     if reason is not None:
         logger.warning("%s", reason)
+    refused = names_refused(stateful, state.keys(), stored) if options.strict else ""
+    if refused:
+        raise MismatchError(f"{path}: {refused}. Nothing was restored; strict=False restores what both have")
 
 
 @collector_paused()

@@ -72,6 +72,8 @@ def why_unreadable(tensor: torch.Tensor) -> str | None:
         return f"tensors of layout {'nested' if tensor.is_nested else tensor.layout} cannot be stored; make it dense"
     if tensor.is_meta:
         return "it is on the meta device and has no data; materialize it, or leave it out of the state"
+    if tensor._is_zerotensor():
+        return "it is a zero tensor of autograd's and has no memory; clone it, or leave it out of the state"
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return "it belongs to a function transform that is still running; take the snapshot outside of it"
     if tensor.dtype not in dtypes._NAMES:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from torchsnapshot.errors import SnapshotError
+from torchsnapshot.recent import Recent
 from torchsnapshot.store.envelope import ChunkRef, ManifestFile
 from torchsnapshot.store.index import Index
 from torchsnapshot.store.leases import Evidence
@@ -54,7 +55,7 @@ class Filled:
     seen_at: float = 0.0
 
 
-_filled: dict[tuple[str, str], Filled] = {}
+_filled: Recent[tuple[str, str], Filled] = Recent()
 """By (ROOT, store id): a ROOT that was copied has the id of the one that it was copied from, and other blobs."""
 
 
@@ -179,7 +180,7 @@ def known_for_take(
     if filled is None or filled.sweeps != evidence.sweeps or not knows_last:
         filled = _fill(repository, evidence, last_take_id)
         filled.seen_at = float("-inf")
-        _filled[place] = filled
+    _filled.put(place, filled)
     if not repository.backend.is_local and clock() - filled.seen_at > LISTING_SECONDS:
         started = clock()
         filled.seen = dict(repository.list_blobs())

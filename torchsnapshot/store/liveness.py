@@ -11,6 +11,7 @@ right: a live take that is called dead fails with a clear error.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torchsnapshot.errors import FormatError, KeyAbsentError
@@ -21,6 +22,7 @@ from torchsnapshot.store.parallel import parallel
 from torchsnapshot.store.processes import current_process, is_gone
 from torchsnapshot.store.records import DEAD_FOLDER, LEASES_FOLDER, TEMPORARY_FOLDER, Lease, pack_dead_mark
 from torchsnapshot.store.temporary_names import ANONYMOUS
+from torchsnapshot.store.walk import ManifestRef
 
 LEASE_SECONDS = 3600.0
 """After this long without a heartbeat, by the store's clock, anybody may call a lease dead."""
@@ -52,6 +54,26 @@ def lease_ids(backend: Backend) -> frozenset[str]:
     """The ids of all leases there are now."""
     names = (info.key.rpartition("/")[2] for info in backend.list(LEASES_FOLDER))
     return frozenset(name for name in names if is_id(name))
+
+
+def without_takes_in_flight(backend: Backend, listed: Callable[[], Sequence[ManifestRef]]) -> list[ManifestRef]:
+    """The manifests of a snapshot that are committed, or never will be.
+
+    A take that has put its manifest and not yet its ``.ok`` holds a lease from before the one until after the other.
+    So a manifest that is not committed in a listing, of a take without a lease after that, is a dead one's, unless it
+    is committed in a listing after that.
+
+    Args:
+        backend: of the store.
+        listed: lists the manifests.
+    """
+    refs = listed()
+    if all(ref.committed for ref in refs):
+        return list(refs)
+    leases = lease_ids(backend)
+    committed = {ref.manifest for ref in listed() if ref.committed}
+    is_over = [ref.manifest.take_id not in leases and ref.manifest not in committed for ref in refs]
+    return [ref for ref, dead in zip(refs, is_over, strict=True) if ref.committed or dead]
 
 
 def read_leases(backend: Backend) -> list[HeldLease]:

@@ -117,6 +117,9 @@ class LocalBackend(Backend):
                 try:
                     self._make_folder(temp_folder)
                     self._make_folder(os.path.dirname(target), alone=later)
+                except FileNotFoundError as error:
+                    # somebody removed an empty one between two of ours
+                    failure = error
                 except OSError as error:
                     raise translate(error, self.url, "put", key, writing=True) from error
             else:

@@ -37,6 +37,7 @@ from torchsnapshot.store.backend import Backend, Buffer
 from torchsnapshot.store.config import hint_of_neighbour, read_config
 from torchsnapshot.store.envelope import HEAD_READ_NBYTES, Head, read_head
 from torchsnapshot.store.keys import OK_SUFFIX, SIGNPOST, blob_object, new_id, parse_blob_key
+from torchsnapshot.store.liveness import without_takes_in_flight
 from torchsnapshot.store.parallel import parallel
 from torchsnapshot.store.records import (
     ALGORITHM_XXH3_128,
@@ -293,7 +294,9 @@ class Repository:
             return None
 
     def delete_snapshot(self, name: str) -> list[ManifestRef]:
-        """Remove one snapshot: all manifests that a listing shows now. Its content goes with the next gc.
+        """Remove one snapshot: all manifests that a listing shows now, but that of a take which has not committed yet.
+
+        Its content goes with the next gc.
 
         Returns:
             What was removed.
@@ -301,7 +304,7 @@ class Repository:
         Raises:
             SnapshotNotFoundError: there is no manifest.
         """
-        refs = self.manifests_of(name)
+        refs = without_takes_in_flight(self.backend, lambda: self.manifests_of(name))
         if not refs:
             raise SnapshotNotFoundError(f"no snapshot {name!r} in {self.url}")
         self.remove_manifests(refs)

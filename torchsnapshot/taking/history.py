@@ -27,6 +27,7 @@ from torchsnapshot.format.entries import (
     spans_of,
 )
 from torchsnapshot.pauses import collector_paused
+from torchsnapshot.recent import Recent
 from torchsnapshot.state.flatten import ShardedLeaf
 from torchsnapshot.taking.plan import Leaf, TakePlan
 
@@ -138,7 +139,7 @@ def place_of(leaf: Leaf) -> Place:
     return Place(leaf.view.dtype, leaf.view.shape, leaf.cell, digests, changed)
 
 
-_remembered: dict[str, Remembered] = {}
+_remembered: Recent[str, Remembered] = Recent()
 _commit_times: dict[str, int] = {}
 _lock = threading.Lock()
 
@@ -155,7 +156,7 @@ def take_ids() -> dict[str, str]:
 
 def remember(store_id: str, remembered: Remembered) -> None:
     """Keep the snapshot that was just taken or restored as the one to compare with."""
-    _remembered[store_id] = remembered
+    _remembered.put(store_id, remembered)
 
 
 def next_commit_time(store_id: str, at_least: int) -> int:

@@ -30,6 +30,7 @@ from typing import Any
 from torchsnapshot.chunks.reader import digest_of
 from torchsnapshot.format.entries import ContainerEntry
 from torchsnapshot.pauses import collector_paused
+from torchsnapshot.recent import Recent
 from torchsnapshot.state.flatten import Node, OnOpaque
 from torchsnapshot.state.skeleton import Reading, Skeleton
 from torchsnapshot.store.envelope import ChunkRef
@@ -327,7 +328,7 @@ def _take_inline(reading: Reading, columns: Columns, leaves: list[Leaf]) -> bool
     return True
 
 
-_structures: dict[str, Structure] = {}
+_structures: Recent[str, Structure] = Recent()
 
 
 def read(states: Mapping[str, Any], on_opaque: OnOpaque) -> Reading | None:
@@ -356,10 +357,10 @@ def recall(store_id: str) -> Structure | None:
 
 def remember(store_id: str, structure: Structure | None) -> None:
     """Keep the structure of a state for its next take."""
-    # the last one stands behind all others
-    _structures.pop(store_id, None)
-    if structure is not None:
-        _structures[store_id] = structure
+    if structure is None:
+        _structures.pop(store_id, None)
+    else:
+        _structures.put(store_id, structure)
 
 
 def forget() -> None:
