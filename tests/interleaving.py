@@ -9,6 +9,7 @@ from faults import Crash, WrappingBackend
 from tiny_takes import Time, new_store, reopened
 
 from torchsnapshot.errors import SnapshotError
+from torchsnapshot.recent import Recent
 from torchsnapshot.store import known
 from torchsnapshot.store.backend import Backend
 
@@ -173,7 +174,7 @@ class World:
             raise self.errors[0]
 
 
-class CacheOfProcess(dict[tuple[str, str], known.Filled]):
+class CacheOfProcess(Recent[tuple[str, str], known.Filled]):
     """In place of the process-wide cache of ``known``: one for each simulated process."""
 
     def __init__(self, world: World) -> None:
@@ -188,5 +189,7 @@ class CacheOfProcess(dict[tuple[str, str], known.Filled]):
         """The acting process's own."""
         return self._mine().get(key, default)
 
-    def __setitem__(self, key: tuple[str, str], value: known.Filled) -> None:
+    def put(self, key: tuple[str, str], value: known.Filled) -> known.Filled:
+        """Set an item of the acting process's own."""
         self._mine()[key] = value
+        return value

@@ -30,6 +30,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from torchsnapshot import Snapshot, StateDict, knobs
 from torchsnapshot.maintenance import collect
+from torchsnapshot.manifest_view import view_of_manifest
 from torchsnapshot.store.envelope import Form, ManifestFile, TableReference, pack_manifest
 from torchsnapshot.store.keys import BlobKey
 from torchsnapshot.store.leases import writing
@@ -125,7 +126,7 @@ def describe(root: Path) -> dict[str, Any]:
             "state_nbytes": snapshot.head.state_nbytes,
             "world_size": snapshot.head.world_size,
             "num_chunks": snapshot.head.num_chunks,
-            "paths": list(snapshot.get_manifest()),
+            "paths": list(view_of_manifest(snapshot._open().manifest)),
         }
         for snapshot in Snapshot.list(str(root))
     }

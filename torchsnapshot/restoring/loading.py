@@ -6,7 +6,7 @@ What doesn't live here: how the state was brought back (``restore``).
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from itertools import chain
 from typing import Any
 
@@ -148,15 +148,11 @@ def names_refused(module: torch.nn.Module, own: Collection[str], stored: Collect
         is_own = type(each).load_state_dict is plain.load_state_dict and type(each).state_dict is plain.state_dict
         if not is_known or has_hooks or not is_own:
             return ""
-    lacking = [name for name in own if name not in stored and not name.endswith("num_batches_tracked")]
-    unknown = [name for name in stored if name not in own]
-    told = (("it has {}, which are not in the snapshot", lacking), ("the snapshot has {}, which it has not", unknown))
-    return "; ".join(text.format(_few(sorted(names))) for text, names in told if names)
-
-
-def _few(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
+    missing = [name for name in own if name not in stored and not name.endswith("num_batches_tracked")]
+    unexpected = [name for name in stored if name not in own]
+    # as torch says it, which people know
+    told = {"Missing key(s) in state_dict": missing, "Unexpected key(s) in state_dict": unexpected}
+    return "; ".join(f"{what}: {', '.join(map(repr, sorted(names)))}" for what, names in told.items() if names)
 
 
 def _to_assign(module: torch.nn.Module, state: Any) -> Any:

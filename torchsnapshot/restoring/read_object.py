@@ -25,6 +25,7 @@ from torchsnapshot.restoring.elastic import without
 from torchsnapshot.restoring.live_state import find
 from torchsnapshot.restoring.options import check_allow_pickle
 from torchsnapshot.restoring.parts import Part, gather, refusal
+from torchsnapshot.state.sharded import is_sharded_tensor
 from torchsnapshot.stats import Stats
 from torchsnapshot.store.leases import reading
 
@@ -52,12 +53,13 @@ def read_object(opened: Opened, path: str, target: Any, budget_nbytes: int | Non
         entries = _seen_by(manifest, int(rank), stored)
         if not entries:
             raise SnapshotError(_absence(path))
-        if isinstance(target, torch.Tensor) and target.is_meta:
+        is_tensor = isinstance(target, torch.Tensor) and not is_sharded_tensor(target)
+        if is_tensor and target.is_meta:
             raise MismatchError(f"{path}: obj_out is on the meta device, which has no memory to read into")
         part = Part(entries, stored, None if inside else target)
         value = _read(opened, manifest, part, stored, budget_nbytes, allow_pickle)
     if not inside:
-        return _copied_into(target, value, path) if isinstance(target, torch.Tensor) else value
+        return _copied_into(target, value, path) if is_tensor else value
     try:
         return find(value, inside)
     except KeyError:
