@@ -185,11 +185,10 @@ class CacheOfProcess(Recent[tuple[str, str], known.Filled]):
         actor: Actor = self._world.local.actor
         return self._world.caches.setdefault(actor.process, {})
 
-    def get(self, key: tuple[str, str], default: known.Filled | None = None) -> known.Filled | None:  # type: ignore[override]
+    def get(self, key: tuple[str, str]) -> known.Filled | None:
         """The acting process's own."""
-        return self._mine().get(key, default)
+        return self._mine().get(key)
 
-    def put(self, key: tuple[str, str], value: known.Filled) -> known.Filled:
+    def put(self, key: tuple[str, str], value: known.Filled) -> None:
         """Set an item of the acting process's own."""
         self._mine()[key] = value
-        return value

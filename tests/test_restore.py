@@ -855,12 +855,71 @@ def test_modules_that_read_a_state_in_their_own_way_are_asked(path: str) -> None
     with pytest.raises(PartialRestoreError, match=r"m: Sequential\.load_state_dict failed.*mix of old and new"):
         Snapshot(path).restore({"m": target})
 
+    target = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+
     def fill(module: nn.Module, state: dict[str, Any], *rest: Any) -> None:
         for name, tensor in module.state_dict().items():
             state.setdefault(name, tensor)
 
     target.register_load_state_dict_pre_hook(fill)
     Snapshot(path).restore({"m": target})
+
+
+class Extra(nn.Linear):
+    """A module that reads more than it has written, or writes it in its own way."""
+
+    extra: Any = None
+
+    def set_extra_state(self, state: Any) -> None:
+        """Keep it."""
+        self.extra = state
+
+    def get_extra_state(self) -> Any:
+        """Something."""
+        return {"more": 1}
+
+
+class Saving(nn.Linear):
+    """A module that adds to its state by overriding what writes it, and passes over what it has added."""
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}more"] = torch.zeros(1)
+
+
+def without_head(model: nn.Sequential) -> nn.Sequential:
+    """The model, whose second module has been taken out."""
+    model[1] = None  # type: ignore[assignment]
+    return model
+
+
+def patched(model: nn.Sequential) -> nn.Sequential:
+    """The model, with a ``load_state_dict`` of its own as an attribute."""
+    load = model.load_state_dict
+    model.load_state_dict = lambda state, strict=True: load(state, strict=False)  # type: ignore[method-assign, assignment, misc]
+    return model
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        (
+            nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)),
+            without_head(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))),
+        ),
+        (nn.Sequential(Extra(3, 3)), nn.Sequential(Extra(3, 3))),
+        (nn.Sequential(nn.Linear(3, 3)), nn.Sequential(Saving(3, 3))),
+        (nn.Sequential(nn.Linear(3, 3)), patched(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)))),
+    ],
+)
+def test_what_torch_would_take_is_not_refused(path: str, source: nn.Sequential, target: nn.Sequential) -> None:
+    """Names that a module reads in another way than most are no mismatch."""
+    Snapshot.take(path, {"m": source})
+    target.load_state_dict(copy.deepcopy(source.state_dict()))
+    with torch.no_grad():
+        target[0].weight.zero_()
+    Snapshot(path).restore({"m": target})
+    assert torch.equal(target[0].weight, source[0].weight)
 
 
 def test_module_with_a_load_state_dict_of_its_own(path: str) -> None:

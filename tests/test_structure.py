@@ -472,10 +472,11 @@ def test_manifests_are_the_same_with_and_without_memory(tmp_path: Path) -> None:
         optimizer.step()
         app_state = {"model": model, "optimizer": optimizer}
         Snapshot.take(str(tmp_path / "knows" / f"step_{step}"), app_state)
-        known = dict(structure._structures)
+        known = structure._structures.items()
         structure.forget()
         Snapshot.take(str(tmp_path / "forgets" / f"step_{step}"), app_state)
-        structure._structures.update(known)
+        for store_id, kept in known:
+            structure.remember(store_id, kept)
         one, other = (manifest(tmp_path / name / f"step_{step}") for name in ("knows", "forgets"))
         assert one.entries == other.entries
         restored = torch.nn.Sequential(torch.nn.Linear(30, 50), torch.nn.BatchNorm1d(50), torch.nn.Linear(50, 3))

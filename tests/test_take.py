@@ -12,6 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from folders import blobs, entry, files, generations, keys, manifest, mislabelled, new_process, refs, run_python
@@ -801,6 +802,13 @@ def test_user_metadata_comes_back_as_it_was(tmp_path: Path, metadata: dict[str, 
     path = str(tmp_path / "run" / "step")
     Snapshot.take(path, {"s": StateDict(step=1)}, user_metadata=metadata)
     assert repr(Snapshot(path).user_metadata) == repr(metadata)
+
+
+def test_metrics_of_numpy_stand_in_the_head(tmp_path: Path) -> None:
+    """A float of numpy's is one: listings show it, and whoever has no numpy reads it."""
+    path = str(tmp_path / "run" / "step")
+    Snapshot.take(path, {"s": StateDict(step=1)}, user_metadata={"loss": numpy.float64(0.5)})
+    assert Snapshot(path).head.user_metadata == {"loss": 0.5}
 
 
 def test_a_delete_leaves_a_take_that_is_about_to_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

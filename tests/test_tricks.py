@@ -13,7 +13,6 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from torchsnapshot import Snapshot, adapters, tricks
-from torchsnapshot.errors import PartialRestoreError
 from torchsnapshot.test_utils import check_state_dict_eq
 from torchsnapshot.tricks.ddp import DDP_STATE_DICT_PREFIX, DistributedDataParallelAdapter
 from torchsnapshot.tricks.fsdp import FSDPOptimizerAdapter
@@ -123,5 +122,17 @@ def test_a_model_on_the_meta_device_gets_memory(tmp_path: Path) -> None:
     for model in models[:2]:
         assert check_state_dict_eq(dict(model.state_dict()), dict(source.state_dict()))
     optimizer = torch.optim.SGD(models[2].parameters(), 0.1)
-    with pytest.raises(PartialRestoreError, match="to_empty"):
+    with pytest.raises(ValueError, match="to_empty"):
         Snapshot(path).restore({"whole": tricks.ModelState(models[2], optimizer)})
+
+
+def test_a_buffer_without_memory_that_is_in_no_state_is_nobodys_business(tmp_path: Path) -> None:
+    """A model whose scratch buffer is on the meta device is restored in place, beside its optimizer."""
+    models = [torch.nn.Linear(8, 8) for _ in range(2)]
+    optimizers = [torch.optim.SGD(model.parameters(), 0.1) for model in models]
+    for model in models:
+        model.register_buffer("scratch", torch.empty(3, device="meta"), persistent=False)
+    path = str(tmp_path / "run" / "step")
+    Snapshot.take(path, {"t": tricks.ModelState(models[0], optimizers[0])})
+    Snapshot(path).restore({"t": tricks.ModelState(models[1], optimizers[1])})
+    assert torch.equal(models[1].weight, models[0].weight)

@@ -21,6 +21,9 @@ Primitive = int | str | bool | bytes | float
 MeshRanks = list[Any]
 """Ranks nested as deep as the mesh has dimensions."""
 
+MAX_DECIMAL_BITS = 2000
+"""Larger ints are written in base 16: Python may be told to write no more than 640 decimal digits, or 2126 bits."""
+
 _PRIMITIVE_TYPES: dict[str, type] = {kind.__name__: kind for kind in (int, str, bool, bytes, float)}
 
 
@@ -156,10 +159,6 @@ class OrderedDictEntry(Entry):
     keys: list[Any]
 
 
-_MAX_DECIMAL_BITS = 2000
-"""Larger ints are written in base 16: Python may be told to write no more than 640 decimal digits, or 2126 bits."""
-
-
 @dataclass(frozen=True, slots=True)
 class PrimitiveEntry(Entry):
     """An int, str, bool, bytes or float; ``type`` is the type's name.
@@ -207,7 +206,7 @@ class PrimitiveEntry(Entry):
             return cls(name, base64.b64encode(struct.pack("<d", value)).decode(), False, str(value))
         if isinstance(value, bytes):
             return cls(name, base64.b64encode(value).decode(), False)
-        if isinstance(value, int) and value.bit_length() > _MAX_DECIMAL_BITS:
+        if isinstance(value, int) and value.bit_length() > MAX_DECIMAL_BITS:
             return cls(name, hex(value), False)
         return cls(name, str(value), False)
 

@@ -213,7 +213,9 @@ class Snapshot:
         Raises:
             SnapshotNotFoundError: nothing committed is at the path.
             AbsentStateError: a key of ``app_state`` is not in the snapshot.
-            MismatchError: tensors of another shape, all of them at once; nothing was changed.
+            MismatchError: tensors of another shape, all of them at once; names that a module refuses; a selection of
+                nothing. Nothing was changed.
+            ValueError: ``device`` cannot be used.
             PickleRefusedError: values are stored as pickles, all of them at once; all other keys were restored.
             CorruptionError: stored bytes are damaged or missing; they never reach the target.
             PartialRestoreError: it failed after some tensors had been written.
@@ -222,8 +224,8 @@ class Snapshot:
         with logged_action("restore"):
             group = group_of(self.pg)
             allows_pickle = self._allows_pickle(allow_pickle)
-            reader = (group.rank, group.world_size, group.global_ranks)
-            options = RestoreOptions(strict, paths, rename, allows_pickle, device, missing_rank, *reader)
+            ranks = (group.rank, group.world_size, group.global_ranks)
+            options = RestoreOptions(strict, paths, rename, allows_pickle, device, missing_rank, *ranks)
             self.stats = restore(self._fresh(), statefuls, options)
 
     def read_object(
@@ -246,7 +248,7 @@ class Snapshot:
 
         Raises:
             SnapshotError: the path is not in the manifest.
-            MismatchError: ``obj_out`` has another shape.
+            MismatchError: ``obj_out`` has another shape, or cannot be read into.
         """
         with logged_action("read_object"):
             value: T = read_object(self._fresh(), path, obj_out, memory_budget_bytes, self._allows_pickle(allow_pickle))
@@ -277,7 +279,7 @@ class Snapshot:
 
     @property
     def metadata(self) -> SnapshotMetadata:
-        """Version, world size and manifest, as the old torchsnapshot shows them."""
+        """Version, world size and manifest, as the old torchsnapshot shows them; large values are read for it."""
         opened = self._open()
         head, shown = opened.manifest.head, view_of_manifest(opened.manifest, large_value_reader(opened))
         return SnapshotMetadata(head.library, head.world_size, shown)

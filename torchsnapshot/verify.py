@@ -16,7 +16,14 @@ from torchsnapshot import knobs
 from torchsnapshot.chunks.reader import ChunkReader
 from torchsnapshot.engine.buffers import Buffer
 from torchsnapshot.engine.pipeline import submit
-from torchsnapshot.errors import CorruptionError, FormatError, SnapshotError, SnapshotNotFoundError, StoreError
+from torchsnapshot.errors import (
+    CorruptionError,
+    FormatError,
+    MissingBlobError,
+    SnapshotError,
+    SnapshotNotFoundError,
+    StoreError,
+)
 from torchsnapshot.format.entries import StoredManifest
 from torchsnapshot.progress import NO_PROGRESS, Progress
 from torchsnapshot.reading.opening import Opened, open_snapshot
@@ -84,7 +91,7 @@ def _elsewhere(
             continue
         try:
             opened = open_snapshot(f"{top}/{info.name[len(place) :].lstrip('/')}".rstrip("/"), storage_options)
-        except SnapshotError:
+        except (CorruptionError, FormatError, MissingBlobError, SnapshotNotFoundError):
             continue  # the check of this store says what is wrong
         if opened.repository.url != repository.url:
             found[info.name] = opened

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from typing import Any
 
 import torch
@@ -54,7 +53,16 @@ class ModelState:
         self.optimizer = optimizer
 
     def state_dict(self) -> dict[str, Any]:
-        """``{"model": {name: tensor}, "optim": {name: {"state": {...}, "group": {...}}}}``, of live tensors."""
+        """``{"model": {name: tensor}, "optim": {name: {"state": {...}, "group": {...}}}}``, of live tensors.
+
+        Raises:
+            ValueError: the model is on the meta device, and has an optimizer.
+        """
+        if self.optimizer is not None and any(parameter.is_meta for parameter in self.model.parameters()):
+            raise ValueError(
+                "ModelState: the model is on the meta device, and its optimizer holds the parameters that a restore "
+                "would replace: call model.to_empty(device=…) first"
+            )
         state: dict[str, Any] = {"model": get_model_state_dict(self.model)}
         if self.optimizer is not None:
             state["optim"] = {
@@ -72,7 +80,7 @@ class ModelState:
         Raises:
             RuntimeError: names of the model are missing, or there are others.
         """
-        if any(tensor.is_meta for tensor in chain(self.model.parameters(), self.model.buffers())):
+        if any(isinstance(value, torch.Tensor) and value.is_meta for value in self.model.state_dict().values()):
             self._load_meta_model(state_dict["model"])
         else:
             set_model_state_dict(self.model, dict(state_dict["model"]), options=StateDictOptions(strict=True))
@@ -81,11 +89,6 @@ class ModelState:
 
     def _load_meta_model(self, saved: Mapping[str, Any]) -> None:
         """Load a model that has no memory yet: torch's function would change nothing, and say nothing."""
-        if self.optimizer is not None:
-            raise ValueError(
-                "ModelState: the model is on the meta device, and its optimizer holds the parameters that would be "
-                "replaced: call model.to_empty(device=…) before the restore"
-            )
         own = {fqn: name for name in self.model.state_dict() for fqn in _torch._get_fqns(self.model, name)}
         load_module(self.model, {own.get(fqn, fqn): value for fqn, value in saved.items()}, strict=True)
 

@@ -256,10 +256,10 @@ def bases_of(store_id: str) -> Bases:
 
     The budget is the process's: copies for other stores are freed.
     """
-    for other, kept in list(_bases.items()):
+    for other, kept in _bases.items():
         if other != store_id:
             kept.free_copies()
-    return _bases.put(store_id, _bases.get(store_id) or Bases())
+    return _bases.get_or_put(store_id, Bases)
 
 
 def forget() -> None:

@@ -140,7 +140,7 @@ def _print_head(path: str, head: Head) -> None:
         f" in {plural(head.num_blobs, 'blob')}"
     )
     for key, value in head.user_metadata.items():
-        print(printable(f"{key}: {value}"))
+        print(printable(f"{key}: {value if isinstance(value, str) else shown(value)}"))
     print()
 
 

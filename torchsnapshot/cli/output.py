@@ -18,11 +18,9 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TimeElapsedColumn, TransferSpeedColumn
 from rich.progress import Progress as RichProgress
 
+from torchsnapshot.manifest import MAX_DECIMAL_BITS
 from torchsnapshot.progress import Progress
 from torchsnapshot.store.repository import Repository
-
-_MAX_JSON_BITS = 2000
-"""Larger ints are written in base 16: Python may be told to write no more than 640 decimal digits."""
 
 _UNITS = ("kB", "MB", "GB", "TB", "PB", "EB")
 
@@ -106,16 +104,22 @@ def _as_json(value: object) -> object:
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
     if isinstance(value, int) and not isinstance(value, bool):
-        return value if value.bit_length() <= _MAX_JSON_BITS else hex(value)
+        return value if value.bit_length() <= MAX_DECIMAL_BITS else hex(value)
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, Mapping):
-        return {key if isinstance(key, str) else shown(key): _as_json(item) for key, item in value.items()}
+        return {_as_json_key(key): _as_json(item) for key, item in value.items()}
     if isinstance(value, (set, frozenset)):
-        return [_as_json(item) for item in sorted(value, key=str)]
+        return [_as_json(item) for item in sorted(value, key=shown)]
     if isinstance(value, (list, tuple)):
         return [_as_json(item) for item in value]
     return value.hex() if isinstance(value, bytes) else str(value)
+
+
+def _as_json_key(key: object) -> str:
+    if isinstance(key, str):
+        return key
+    return json.dumps(key) if key is None or isinstance(key, bool) else shown(key)
 
 
 @contextmanager

@@ -191,7 +191,7 @@ def list_below(
 
 
 def user_metadata_beside_head(manifest: StoredManifest) -> dict[str, Any]:
-    """User metadata that was too large for the head; empty where there is none."""
+    """User metadata that the head could not hold; empty where there is none."""
     entry = manifest.entries.get(f"0/{USER_METADATA}")
     if not isinstance(entry, ValueEntry) or entry.data is None:
         return {}

@@ -139,20 +139,35 @@ def names_refused(module: torch.nn.Module, own: Collection[str], stored: Collect
         own: the names in its state.
         stored: the names in the other one.
     """
-    plain, norm = torch.nn.Module, torch.nn.modules.batchnorm._NormBase
-    for each in module.modules():
-        reads = type(each)._load_from_state_dict
-        # the norms read states of before they counted batches
-        is_known = reads is plain._load_from_state_dict or reads is norm._load_from_state_dict
-        has_hooks = each._load_state_dict_pre_hooks or each._load_state_dict_post_hooks or each._state_dict_hooks
-        is_own = type(each).load_state_dict is plain.load_state_dict and type(each).state_dict is plain.state_dict
-        if not is_known or has_hooks or not is_own:
+    empty: list[str] = []
+    for name, each in module.named_modules(remove_duplicate=False):
+        if not _reads_like_torch(each):
             return ""
+        below = f"{name}." if name else ""
+        empty += [f"{below}{child}." for child, inner in each._modules.items() if inner is None]
     missing = [name for name in own if name not in stored and not name.endswith("num_batches_tracked")]
-    unexpected = [name for name in stored if name not in own]
+    # whatever was stored of a child that has been taken out is passed over
+    unexpected = [name for name in stored if name not in own and not any(map(name.startswith, empty))]
     # as torch says it, which people know
     told = {"Missing key(s) in state_dict": missing, "Unexpected key(s) in state_dict": unexpected}
-    return "; ".join(f"{what}: {', '.join(map(repr, sorted(names)))}" for what, names in told.items() if names)
+    wrong = {what: [name for name in names if not name.endswith("_extra_state")] for what, names in told.items()}
+    return "; ".join(f"{what}: {', '.join(map(repr, sorted(names)))}" for what, names in wrong.items() if names)
+
+
+_STATE_METHODS = ("state_dict", "_save_to_state_dict", "load_state_dict", "_load_from_state_dict")
+
+
+def _reads_like_torch(module: torch.nn.Module) -> bool:
+    """Whether a module's names in a state are those of its parameters and buffers, and neither more nor less do."""
+    plain, norm = torch.nn.Module, torch.nn.modules.batchnorm._NormBase
+    if module._load_state_dict_pre_hooks or module._load_state_dict_post_hooks or module._state_dict_hooks:
+        return False
+    for name in _STATE_METHODS:
+        # the norms read states of before they counted batches
+        method, known = getattr(type(module), name), (getattr(plain, name), getattr(norm, name))
+        if name in vars(module) or all(method is not each for each in known):
+            return False
+    return True
 
 
 def _to_assign(module: torch.nn.Module, state: Any) -> Any:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from torchsnapshot.errors import AbsentStateError, MismatchError, PickleRefusedError, SnapshotError
 from torchsnapshot.format.entries import (
@@ -54,8 +55,8 @@ def read_object(opened: Opened, path: str, target: Any, budget_nbytes: int | Non
         if not entries:
             raise SnapshotError(_absence(path))
         is_tensor = isinstance(target, torch.Tensor) and not is_sharded_tensor(target)
-        if is_tensor and target.is_meta:
-            raise MismatchError(f"{path}: obj_out is on the meta device, which has no memory to read into")
+        if is_tensor and (is_lazy(target) or target.is_meta):
+            raise MismatchError(f"{path}: obj_out has no memory to read into: it is on the meta device, or lazy")
         part = Part(entries, stored, None if inside else target)
         value = _read(opened, manifest, part, stored, budget_nbytes, allow_pickle)
     if not inside:
@@ -68,7 +69,7 @@ def read_object(opened: Opened, path: str, target: Any, budget_nbytes: int | Non
 
 def _copied_into(target: torch.Tensor, value: Any, path: str) -> Any:
     """What was read, in the tensor that was given for it, also where that takes no raw bytes."""
-    if value is target or not isinstance(value, torch.Tensor):
+    if value is target or not isinstance(value, torch.Tensor) or {value.layout, target.layout} != {torch.strided}:
         return value
     try:
         with torch.inference_mode() if target.is_inference() else torch.no_grad():

@@ -179,15 +179,17 @@ def user_metadata_fits(user_metadata: Mapping[str, Any]) -> bool:
 
 
 def _is_kept_by_head(value: object, depth: int = bounded.MAX_PLAIN_DEPTH - 1) -> bool:
-    """Whether a head gives a value back as it is: a tuple would become a list, and a date is nothing to it."""
-    kind = type(value)
-    if isinstance(value, (dict, list)) and kind in (dict, list):
+    """Whether a head gives a value back: a tuple would become a list, and a date is nothing to it.
+
+    What is a number or a text by inheritance comes back as that: metrics are numpy's floats more often than not.
+    """
+    if isinstance(value, (dict, list)) and type(value) in (dict, list):
         is_known = isinstance(value, list) or all(type(key) is str for key in value)
         items = value.values() if isinstance(value, dict) else value
         return is_known and depth > 0 and all(_is_kept_by_head(item, depth - 1) for item in items)
-    if isinstance(value, int) and kind is int:
+    if isinstance(value, int):
         return -(1 << 63) <= value < 1 << 64
-    return value is None or kind in (bool, float, str, bytes)
+    return value is None or isinstance(value, (float, str, bytes))
 
 
 @dataclass(frozen=True, slots=True)

@@ -180,7 +180,8 @@ def known_for_take(
     if filled is None or filled.sweeps != evidence.sweeps or not knows_last:
         filled = _fill(repository, evidence, last_take_id)
         filled.seen_at = float("-inf")
-    _filled.put(place, filled)
+        # only what is new: another take may have put a newer one, from which more was dropped
+        _filled.put(place, filled)
     if not repository.backend.is_local and clock() - filled.seen_at > LISTING_SECONDS:
         started = clock()
         filled.seen = dict(repository.list_blobs())

@@ -306,7 +306,8 @@ class Repository:
         """
         refs = without_takes_in_flight(self.backend, lambda: self.manifests_of(name))
         if not refs:
-            raise SnapshotNotFoundError(f"no snapshot {name!r} in {self.url}")
+            why = ", only a take that runs, or was interrupted" if self.manifests_of(name) else ""
+            raise SnapshotNotFoundError(f"no snapshot {name!r} in {self.url}{why}")
         self.remove_manifests(refs)
         return refs
 

@@ -37,7 +37,7 @@ class S3Files(RemoteFiles):
 
     def _send(self, method: str, nbytes: int, **arguments: Any) -> Any:
         """A request with a body of about so many bytes."""
-        seconds = self._fs.config_kwargs.get("read_timeout", ANSWER_SECONDS)
+        seconds = self._fs.config_kwargs.get("read_timeout") or ANSWER_SECONDS
         request = partial(self._fs._call_s3, method, Bucket=self._bucket, **arguments)
         return sent(self._fs.loop, request, nbytes, seconds)
 

@@ -45,7 +45,8 @@ def sent(loop: Any, request: Callable[[], Awaitable[Any]], nbytes: int, seconds:
         return fsspec.asyn.sync(loop, request, timeout=seconds + nbytes / _MIN_UPLOAD_RATE)
     except FSTimeoutError as error:
         waited = time.monotonic() - begin
-        raise TimeoutError(f"no answer to an upload of {nbytes:,} bytes after {waited:.0f} s") from error
+        reason = f": {error.__cause__}" if str(error.__cause__ or "") else ""
+        raise TimeoutError(f"no answer to an upload of {nbytes:,} bytes after {waited:.0f} s{reason}") from error
 
 
 def filled(loop: Any, request: Callable[[memoryview], Awaitable[int]], memory: memoryview) -> int:

@@ -339,7 +339,7 @@ def read(states: Mapping[str, Any], on_opaque: OnOpaque) -> Reading | None:
         on_opaque: told of each value that is pickled.
     """
     seen: list[Skeleton] = []
-    for known in reversed(list(_structures.values())):
+    for _, known in reversed(_structures.items()):
         skeleton = known.skeleton
         if skeleton is None or any(skeleton is each for each in seen):
             continue
@@ -358,7 +358,7 @@ def recall(store_id: str) -> Structure | None:
 def remember(store_id: str, structure: Structure | None) -> None:
     """Keep the structure of a state for its next take."""
     if structure is None:
-        _structures.pop(store_id, None)
+        _structures.pop(store_id)
     else:
         _structures.put(store_id, structure)
 
