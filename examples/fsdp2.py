@@ -103,8 +103,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400, help="train up to this step")
     parser.add_argument("--every", type=int, default=20, help="steps between two snapshots")
     parser.add_argument("--width", type=int, default=256, help="of the hidden layers")
-    parser.add_argument("--quick", action="store_true", help="a few steps of a small model")
+    parser.add_argument(
+        "--quick", action="store_true", help="a few steps of a small model; --every and --width are its own"
+    )
     arguments = parser.parse_args()
+    if min(arguments.steps, arguments.every, arguments.width) < 1:
+        parser.error("--steps, --every and --width must be at least 1")
     if arguments.quick:
         arguments.steps, arguments.every, arguments.width = min(arguments.steps, 12), 4, 64
     join_group()

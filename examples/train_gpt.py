@@ -31,6 +31,9 @@ from torchsnapshot import RNGState, Snapshot, StateDict
 
 PRETRAIN = "*.py"
 FINETUNE = ("asyncio/*.py", "concurrent/futures/*.py", "multiprocessing/*.py", "unittest/*.py")
+MIN_SNAPSHOTS = 16
+"""What both phases, the way back and the cleaning up need to show something."""
+
 HEADER = f"{'phase':<9} {'step':>5} {'loss':>7} {'state':>10} {'new':>10} {'stored':>10} {'stalled':>9} {'took':>8}"
 
 
@@ -270,8 +273,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--root", type=Path, help="where the snapshots go (default: a temporary folder)")
     parser.add_argument("--steps", type=int, default=Config.steps, help="training steps of both phases together")
     parser.add_argument("--every", type=int, default=Config.every, help="steps between snapshots")
-    parser.add_argument("--quick", action="store_true", help="a tiny model and few steps, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="a tiny model and its own few steps, to see that it runs")
     options = parser.parse_args(arguments)
+    if options.every < 1 or options.steps < MIN_SNAPSHOTS * options.every:
+        parser.error(f"--every must be at least 1, and --steps at least {MIN_SNAPSHOTS} times as much")
     config = Config(steps=options.steps, every=options.every)
     if options.quick:
         config = Config(width=32, layers=2, heads=2, context=32, batch=4, steps=32, every=2, warmup=4)

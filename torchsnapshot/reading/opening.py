@@ -245,6 +245,8 @@ def _reason_of_absence(
     signpost = next((info for info in folder.objects if info.key == SIGNPOST), None)
     if signpost is not None and signpost.nbytes != len(SIGNPOST_BYTES):
         return "it is one of the old torchsnapshot: restore it with that, and take it again with this one"
+    if signpost is not None and MANIFEST_FOLDER in folder.folders:
+        return f"no manifest is in its {MANIFEST_FOLDER} folder: somebody deleted it, or did not copy all of it"
     if signpost is not None:
         return f"its {MANIFEST_FOLDER} folder is gone: it was being deleted, or was copied without hidden folders"
     if STORE_FOLDER in folder.folders:
