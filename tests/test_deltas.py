@@ -159,7 +159,7 @@ def test_raw_writes_no_deltas_and_keeps_no_copies(root: Path) -> None:
     """With ``encoding="raw"`` nothing is coded, and no memory is spent on bases."""
     a_run(root, 3, "raw")
     assert forms(root / "step_2") == {Form.RAW}
-    assert all(kept.held_nbytes == 0 for kept in dict(bases._bases.items()).values())
+    assert all(kept.held_nbytes == 0 for _, kept in bases._bases.items())
 
 
 def test_what_gains_nothing_stands_alone(root: Path) -> None:
@@ -167,7 +167,7 @@ def test_what_gains_nothing_stands_alone(root: Path) -> None:
     for step in range(4):
         take(root / f"step_{step}", w=weights())
         assert forms(root / f"step_{step}") == {Form.ENCODED}
-    assert sum(kept.held_nbytes for kept in dict(bases._bases.items()).values()) <= 4 * CHUNK_NBYTES
+    assert sum(kept.held_nbytes for _, kept in bases._bases.items()) <= 4 * CHUNK_NBYTES
 
 
 def test_a_new_base_begins_when_the_gain_fades(root: Path) -> None:
@@ -253,7 +253,7 @@ def test_auto_asks_the_meter(root: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     decide(monkeypatch, False)
     a_run(root, 3, "auto")
     assert forms(root / "step_2") == {Form.RAW}
-    assert all(kept.held_nbytes == 0 for kept in dict(bases._bases.items()).values())
+    assert all(kept.held_nbytes == 0 for _, kept in bases._bases.items())
 
 
 def test_auto_reads_no_bases_from_remote_stores(monkeypatch: pytest.MonkeyPatch) -> None:
