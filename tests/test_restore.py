@@ -880,7 +880,7 @@ class Extra(nn.Linear):
 
 
 class Saving(nn.Linear):
-    """A module that adds to its state by overriding what writes it, and passes over what it has added."""
+    """A module that adds to its state by overriding what writes it."""
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

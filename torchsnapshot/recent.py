@@ -32,7 +32,8 @@ class Recent(Generic[K, V]):
     def put(self, key: K, value: V) -> None:
         """Set an item, as the one that was put last."""
         self._items[key] = next(self._numbers), value
-        self._forget_the_oldest()
+        for oldest, _ in self.items()[:-NUM_STORES]:
+            self.pop(oldest)
 
     def get_or_put(self, key: K, make: Callable[[], V]) -> V:
         """An item, made where there is none; now it is the one that was put last."""
@@ -54,7 +55,3 @@ class Recent(Generic[K, V]):
 
     def __len__(self) -> int:
         return len(self._items)
-
-    def _forget_the_oldest(self) -> None:
-        for key, _ in self.items()[:-NUM_STORES]:
-            self._items.pop(key, None)

@@ -1,4 +1,5 @@
-"""Handing a restored state to its object: ``load_state_dict``, and what torch's own ones get wrong for us.
+"""What is asked of an application's objects: their states, whose tensor is whose, which names they would refuse; and
+``load_state_dict``, with what torch's own ones get wrong for us.
 
 What doesn't live here: how the state was brought back (``restore``).
 """

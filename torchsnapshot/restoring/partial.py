@@ -86,9 +86,8 @@ def restore_part(
         placements.fill(built(parts))
         writes = any(part.writes for part in parts.values())
         for key, stateful in statefuls.items():
-            state, has_changed = placements.laid_over(escape(key))
-            if has_changed:
-                load(key, stateful, state, options.strict, has_written=writes)
+            if placements.has_any(escape(key)):
+                load(key, stateful, placements.laid_over(escape(key)), options.strict, has_written=writes)
                 writes = True
 
 
@@ -154,16 +153,14 @@ class _Placements:
     def __bool__(self) -> bool:
         return any(self._leaves.values())
 
-    def add(self, target: str | None, route: Route, leaf: Any) -> bool:
-        """Take in a new leaf, if it is wanted and belongs to a key that is being restored.
+    def add(self, target: str, route: Route, leaf: Any) -> bool:
+        """Take in a new leaf, if it belongs to a key that is being restored.
 
         Args:
             target: the path where it goes.
             route: the way to where it was stored.
             leaf: what goes there; None for what ``fill`` brings.
         """
-        if target is None:
-            return False
         leaves = self._leaves.get(target.partition("/")[0])
         if leaves is None:
             return False
@@ -193,10 +190,13 @@ class _Placements:
             route, _ = below[path]
             below[path] = route, leaf
 
-    def laid_over(self, key: str) -> tuple[Any, bool]:
-        """The state of a key with its new leaves, and whether it has any."""
-        leaves = self._leaves[key]
-        return lay_over(self._states[key], leaves.values())[0], bool(leaves)
+    def has_any(self, key: str) -> bool:
+        """Whether a key has new leaves."""
+        return bool(self._leaves[key])
+
+    def laid_over(self, key: str) -> Any:
+        """The state of a key with its new leaves."""
+        return lay_over(self._states[key], self._leaves[key].values())[0]
 
 
 def _place_values(

@@ -1,7 +1,7 @@
 """A part of a state on its way from a manifest into memory: every restore and every read is made of these.
 
-What lives here: ``Part``, and what all its users need before it: the entries below a path, and the targets of several
-parts found together. What doesn't: the order of a restore (``restore``), the reads (``reading.reads``).
+What lives here: ``Part``, and what is done with several of them: their targets found together, all put together, and
+what of them is refused. What doesn't: the order of a restore (``restore``), the reads (``reading.reads``).
 """
 
 from __future__ import annotations
