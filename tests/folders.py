@@ -15,6 +15,7 @@ from torchsnapshot.chunks import bases
 from torchsnapshot.chunks.codecs import decode_into
 from torchsnapshot.chunks.encoded import read_header
 from torchsnapshot.engine import meter
+from torchsnapshot.engine.live_digests import live_digests
 from torchsnapshot.format.entries import Entry, StoredManifest, spans_of
 from torchsnapshot.reading.opening import open_snapshot
 from torchsnapshot.store import known
@@ -30,6 +31,7 @@ def new_process() -> None:
     bases.forget()
     meter.forget()
     structure.forget()
+    live_digests().forget()
 
 
 def files(root: Path) -> dict[str, bytes]:

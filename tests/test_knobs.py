@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from torchsnapshot import knobs
+from torchsnapshot import machine as figures
 
 MIB = 1 << 20
 
@@ -49,9 +50,9 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str]], None]:
     """A machine whose ``/proc`` and ``/sys`` hold the given files, with 8 cores."""
-    monkeypatch.setattr(knobs, "_SYSTEM_ROOT", tmp_path)
-    knobs._granted_cores.cache_clear()
-    knobs._find_control_groups.cache_clear()
+    monkeypatch.setattr(figures, "_SYSTEM_ROOT", tmp_path)
+    figures._granted_cores.cache_clear()
+    figures._find_control_groups.cache_clear()
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
 
     def write(files: dict[str, str]) -> None:
@@ -259,7 +260,7 @@ MEMINFO = {"proc/meminfo": f"MemTotal: 99999999 kB\nMemAvailable: {8 << 20} kB\n
 def test_free_memory(machine: Callable[[dict[str, str]], None], files: dict[str, str], free: int) -> None:
     """Free memory is the least of the machine's and the control group's, whose page cache counts as free."""
     machine(MEMINFO | files)
-    assert knobs.free_memory_nbytes() == free
+    assert figures.free_memory_nbytes() == free
 
 
 def test_staging_budget(machine: Callable[[dict[str, str]], None], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,8 +294,8 @@ def test_base_memory(machine: Callable[[dict[str, str]], None], monkeypatch: pyt
 
 def test_this_machine_has_cores_and_memory() -> None:
     """The readings of the real machine are positive."""
-    assert knobs.available_cores() >= 1
-    assert knobs.free_memory_nbytes() > 0
+    assert figures.available_cores() >= 1
+    assert figures.free_memory_nbytes() > 0
 
 
 def test_workers_of_a_run(machine: Callable[[dict[str, str]], None], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ MAX_FUNCTION_LINES = 60
 
 LAYERS = [
     # names, rules and values that everything may use; boxes and placements
-    """errors event knobs pauses progress recent rss_profiler stateful stats version geometry""",
+    """errors event knobs machine pauses progress recent rss_profiler stateful stats version geometry""",
     # what carries work and messages, and the store's objects: they know no tensors and no snapshots
     """event_handlers engine coordination store.backend store.bounded store.clock store.keys store.mounts
     store.parallel store.processes store.turns""",

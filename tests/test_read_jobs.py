@@ -10,6 +10,7 @@ import pytest
 from torchsnapshot.chunks.reader import ChunkReader, digest_of
 from torchsnapshot.engine.buffers import Buffer, BufferPool
 from torchsnapshot.engine.job import Job
+from torchsnapshot.engine.live_digests import Look
 from torchsnapshot.errors import CorruptionError
 from torchsnapshot.geometry.grid import Box, Piece
 from torchsnapshot.reading.read_jobs import Counters, Looking, Share, Sink, Wanted, read_jobs
@@ -25,6 +26,9 @@ class Bytes:
 
     def __init__(self, content: bytes) -> None:
         self.data = bytearray(content)
+
+    def extent(self, offset: int, nbytes: int) -> None:
+        """It is not to be found again."""
 
     def live(self, offset: int, nbytes: int) -> memoryview:
         """The bytes where they lie."""
@@ -178,7 +182,7 @@ class TestLooking:
 
     def test_it_stops_where_nothing_is_found(self) -> None:
         """After so many looks in vain only one chunk in so many is looked at; what is found brings it back."""
-        looking = Looking()
+        looking = Looking(Look())
         assert all(self.looks(looking, held=False) for _ in range(Looking.PATIENCE))
         assert sum(self.looks(looking, held=False) for _ in range(80)) == 80 // Looking.EVERY
         while not self.looks(looking, held=True):
@@ -189,7 +193,7 @@ class TestLooking:
 
     def test_a_tensor_that_held_something_is_looked_at(self) -> None:
         """However many looks were in vain elsewhere."""
-        looking = Looking()
+        looking = Looking(Look())
         memory = Bytes(content(1) + content(2))
         sink = Sink("path", memory, looks=True)
         first = Share.whole(Piece(Box((0,), (NBYTES,)), 0, NBYTES))
@@ -201,7 +205,7 @@ class TestLooking:
 
     def test_new_memory_is_never_looked_at(self) -> None:
         """A target that was allocated for this restore holds nothing, and says nothing about the others."""
-        looking = Looking()
+        looking = Looking(Look())
         for _ in range(2 * Looking.PATIENCE):
             wanted = wanted_by(Bytes(content(1)), looks=False)
             assert looking.still_wanted(ref_to(1), wanted) == wanted

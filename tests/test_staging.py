@@ -15,7 +15,7 @@ from folders import new_process
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchsnapshot import Snapshot, StateDict, knobs
+from torchsnapshot import Snapshot, StateDict, knobs, machine
 from torchsnapshot.engine import buffers, staging
 from torchsnapshot.engine.buffers import Buffer, BufferPool
 from torchsnapshot.engine.pipeline import Run
@@ -67,7 +67,7 @@ class Copy:
 
 def free_memory(nbytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the machine have so much free memory."""
-    monkeypatch.setattr(knobs, "free_memory_nbytes", lambda: nbytes)
+    monkeypatch.setattr(machine, "free_memory_nbytes", lambda: nbytes)
 
 
 def budget_of(run: Run) -> int:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import gc
 import itertools
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -21,6 +22,7 @@ from state_strategies import states, stepped
 
 from torchsnapshot import Snapshot, StateDict, knobs
 from torchsnapshot.chunks.reader import digest_of
+from torchsnapshot.engine.live_digests import Extent, Look
 from torchsnapshot.format.entries import pack_entries
 from torchsnapshot.state.app_state import check_app_state
 from torchsnapshot.state.flatten import flatten
@@ -221,6 +223,27 @@ class Everything:
         assert all(ref.key for ref in refs)
         return self.answer
 
+    def look_for(self, refs: Iterable[ChunkRef]) -> None:
+        """See ``Known``."""
+
+
+class Knowing(Look):
+    """Knows what stands at some places, chosen at random."""
+
+    def __init__(self, random: Random) -> None:
+        super().__init__()
+        self._random = random
+
+    def digests(self, extents: Sequence[Extent]) -> list[bytes | None]:
+        """See ``Look``."""
+        return [digest_at(extent) if self._random.random() < 0.5 else None for extent in extents]
+
+
+def digest_at(extent: Extent) -> bytes:
+    """Of what stands there now."""
+    address, nbytes = extent
+    return digest_of(memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B"))
+
 
 def stored(plan: TakePlan) -> TakePlan:
     """The plan with each chunk that has no place yet stored under the digest of its content."""
@@ -277,11 +300,12 @@ def test_settled_plans_are_those_of_the_long_way(state: Any, random: Random) -> 
         state = partly_stepped(state, random)
         reading = skeleton.read({"s": state}, lambda path, name: None)
         assert reading is not None
-        found = short_way.plan_settled(reading, remembered.take_id, known, (CHUNK_NBYTES, SMALL_NBYTES))
+        look = Knowing(random)
+        found = short_way.plan_settled(reading, remembered.take_id, known, look, (CHUNK_NBYTES, SMALL_NBYTES))
         assert found is not None
         short, expected = found
-        groups = [*short.groups, *(differing(group, known) for group in expected.groups)]
-        large = [*short.large, *differing(expected.large, known)]
+        groups = [*short.groups, *(differing(group, known, look) for group in expected.groups)]
+        large = [*short.large, *differing(expected.large, known, look)]
         stored(short)
         long = stored(plan_take(nodes_of(state), remembered, CHUNK_NBYTES, SMALL_NBYTES))
         looked_at = set(map(name, [*large, *itertools.chain(*groups)]))
@@ -310,24 +334,24 @@ def test_settled_leaves_need_the_same_knowledge() -> None:
     reading = skeleton.read({"s": state}, lambda path, name: None)
     assert reading is not None
     sizes = (CHUNK_NBYTES, SMALL_NBYTES)
-    assert short_way.plan_settled(reading, "0", known, sizes) is None
+    assert short_way.plan_settled(reading, "0", known, Look(), sizes) is None
     short_way.settle(plan, "0", known)
-    short = short_way.plan_settled(reading, "0", known, sizes)
+    short = short_way.plan_settled(reading, "0", known, Look(), sizes)
     assert short is not None
     settled, expected = short
     assert settled.is_settled
-    assert differing([*expected.large, *itertools.chain(*expected.groups)], known) == []
+    assert differing([*expected.large, *itertools.chain(*expected.groups)], known, Look()) == []
     assert [leaf.is_settled for leaf in settled.leaves] == [True, True, True]
-    assert short_way.plan_settled(reading, "1", known, sizes) is None
-    assert short_way.plan_settled(reading, None, known, sizes) is None
-    assert short_way.plan_settled(reading, "0", known, (CHUNK_NBYTES, 0)) is None
+    assert short_way.plan_settled(reading, "1", known, Look(), sizes) is None
+    assert short_way.plan_settled(reading, None, known, Look(), sizes) is None
+    assert short_way.plan_settled(reading, "0", known, Look(), (CHUNK_NBYTES, 0)) is None
     other = Skeleton({"s": state}, nodes).read({"s": state}, lambda path, name: None)
     assert other is not None
-    assert short_way.plan_settled(other, "0", known, sizes) is None
+    assert short_way.plan_settled(other, "0", known, Look(), sizes) is None
     known.answer = False
-    assert short_way.plan_settled(reading, "0", known, sizes) is None
+    assert short_way.plan_settled(reading, "0", known, Look(), sizes) is None
     known.answer, known.origin = True, "b"
-    assert short_way.plan_settled(reading, "0", known, sizes) is None
+    assert short_way.plan_settled(reading, "0", known, Look(), sizes) is None
 
 
 def small_state() -> StateDict:

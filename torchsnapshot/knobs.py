@@ -1,8 +1,8 @@
-"""Settings, read from the environment each time they are asked for, and what this process may use of the machine.
+"""Settings, read from the environment each time they are asked for.
 
-What lives here: one getter per setting, the context managers that override the old torchsnapshot's settings, and the
-few readings of the machine (cores, free memory) that defaults derive from. What doesn't: arguments of calls, and any
-decision about how a setting is used.
+What lives here: one getter per setting, and the context managers that override the old torchsnapshot's settings. What
+doesn't: arguments of calls, the readings of the machine that defaults derive from (``machine``), and any decision about
+how a setting is used.
 
 Invariants: a value that cannot be used is a ``ValueError`` that names the variable, its value and what is allowed; an
 empty variable counts as unset; an override puts back exactly what it found, also when its block raises.
@@ -19,12 +19,14 @@ TORCHSNAPSHOT_BASE_MEMORY_BYTES                        see below      copies of 
 TORCHSNAPSHOT_NUM_THREADS                              cores          worker threads
 TORCHSNAPSHOT_ALLOW_PICKLE                             false          restoring may run pickles
 TORCHSNAPSHOT_DURABLE                                  true           local stores wait for the disk
+TORCHSNAPSHOT_WATCH_MEMORY                             see below      the kernel is asked what was written
 TORCHSNAPSHOT_STORE                                    none           the store of the paths below it
 TORCHSNAPSHOT_MAX_SHARD_SIZE_BYTES_OVERRIDE            512 MiB        none: shards are cut on the grid of chunks
 TORCHSNAPSHOT_ENABLE_SHARDED_TENSOR_ELASTICITY_...     false          none: sharded tensors may move anywhere
 =====================================================  =============  ===============================================
 
-Copies of bases take at most a rank's share of an eighth of the memory that is free (``get_base_memory_bytes``).
+Copies of bases take at most a rank's share of an eighth of the memory that is free (``get_base_memory_bytes``). Memory
+is watched unless devices might write to it (``watches_memory``).
 """
 
 from __future__ import annotations
@@ -32,9 +34,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
-from functools import lru_cache
-from pathlib import Path
-from time import monotonic
+
+from torchsnapshot import machine
 
 MEBIBYTE = 1 << 20
 
@@ -49,9 +50,6 @@ BASE_MEMORY_SHARE = 8
 """One part in so many of the free memory may hold copies of chunks that deltas are made against."""
 DEFAULT_IO_CONCURRENCY = 16
 
-_GRANT_SECONDS = 10.0
-"""How old what is known of the control groups may be: which they are, and how many cores they grant."""
-
 CHUNK_SIZE = "TORCHSNAPSHOT_MAX_CHUNK_SIZE_BYTES_OVERRIDE"
 SHARD_SIZE = "TORCHSNAPSHOT_MAX_SHARD_SIZE_BYTES_OVERRIDE"
 SLAB_SIZE = "TORCHSNAPSHOT_SLAB_SIZE_THRESHOLD_BYTES_OVERRIDE"
@@ -64,13 +62,11 @@ NUM_THREADS = "TORCHSNAPSHOT_NUM_THREADS"
 ALLOW_PICKLE = "TORCHSNAPSHOT_ALLOW_PICKLE"
 DURABLE = "TORCHSNAPSHOT_DURABLE"
 STORE = "TORCHSNAPSHOT_STORE"
+WATCH_MEMORY = "TORCHSNAPSHOT_WATCH_MEMORY"
 LOCAL_WORLD_SIZE = "LOCAL_WORLD_SIZE"
 
 _YES = ("1", "true", "yes", "on")
 _NO = ("0", "false", "no", "off")
-
-_SYSTEM_ROOT = Path("/")
-"""Where ``proc`` and ``sys`` are; tests put a folder of their own here."""
 
 
 # ------------------------------------------------------------------ reading variables
@@ -151,7 +147,7 @@ def get_memory_budget_bytes() -> int:
     explicit = _count(MEMORY_BUDGET)
     if explicit is not None:
         return explicit
-    share = free_memory_nbytes() // 4 // get_local_world_size()
+    share = machine.free_memory_nbytes() // 4 // get_local_world_size()
     return max(MIN_STAGING_NBYTES, min(DEFAULT_MEMORY_BUDGET_NBYTES, share))
 
 
@@ -167,7 +163,7 @@ def get_staging_budget_bytes(state_nbytes: int, held_nbytes: int = 0) -> int:
         buffers (of the machine and of the control group; at least 64 MiB).
         TORCHSNAPSHOT_PER_RANK_MEMORY_BUDGET_BYTES takes that share's place.
     """
-    free_nbytes = free_memory_nbytes() + held_nbytes
+    free_nbytes = machine.free_memory_nbytes() + held_nbytes
     share = _count(MEMORY_BUDGET) or max(free_nbytes // 4 // get_local_world_size(), MIN_STAGING_NBYTES)
     return max(1, min(state_nbytes, share))
 
@@ -189,7 +185,7 @@ def get_base_memory_bytes(held_nbytes: int = 0) -> int:
     explicit = _count_or_none_at_all(BASE_MEMORY)
     if explicit is not None:
         return explicit
-    return (free_memory_nbytes() + held_nbytes) // BASE_MEMORY_SHARE // get_local_world_size()
+    return (machine.free_memory_nbytes() + held_nbytes) // BASE_MEMORY_SHARE // get_local_world_size()
 
 
 # ------------------------------------------------------------------ parallelism
@@ -215,7 +211,7 @@ def get_num_threads() -> int:
 
 def get_num_cores() -> int:
     """This rank's share of the cores that the process may use, at least 1."""
-    return max(1, available_cores() // get_local_world_size())
+    return max(1, machine.available_cores() // get_local_world_size())
 
 
 def get_num_workers(concurrency: int) -> int:
@@ -260,6 +256,14 @@ def is_durable() -> bool:
     return _switch(DURABLE, True)
 
 
+def watches_memory() -> bool | None:
+    """Whether the kernel is asked which memory was written, instead of hashing all of it (``engine.live_digests``).
+
+    None where TORCHSNAPSHOT_WATCH_MEMORY is unset: that is up to whether a device might write to memory unseen.
+    """
+    return None if _text(WATCH_MEMORY) is None else _switch(WATCH_MEMORY, False)
+
+
 def get_store_url() -> str | None:
     """The store of all paths below it, None where TORCHSNAPSHOT_STORE is unset."""
     return _text(STORE)
@@ -292,108 +296,3 @@ override_max_shard_size_bytes = _override(SHARD_SIZE)
 override_slab_size_threshold_bytes = _override(SLAB_SIZE)
 override_max_per_rank_io_concurrency = _override(IO_CONCURRENCY)
 override_is_batching_disabled = _override(DISABLE_BATCHING)
-
-
-# ------------------------------------------------------------------ the machine
-
-
-def available_cores() -> int:
-    """How many cores this process may use: the least of its affinity and its control groups' limits, at least 1."""
-    # macOS and Windows have no affinity to ask for
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
-    granted = _granted_cores(_SYSTEM_ROOT, int(monotonic() // _GRANT_SECONDS))
-    return max(1, cores if granted is None else min(cores, granted))
-
-
-@lru_cache(maxsize=1)
-def _granted_cores(system_root: Path, _: int) -> int | None:
-    """How many whole cores the control groups grant, None for no limit. It takes many small files to find out."""
-    limits = [_cores_limit(version, folder) for version, folder in _control_groups("cpu")]
-    return min([int(limit) for limit in limits if limit is not None], default=None)
-
-
-def _cores_limit(version: int, folder: Path) -> float | None:
-    """How many cores' worth of time one control group grants, None for no limit."""
-    if version == 2:
-        words = _read(folder / "cpu.max").split()
-        return int(words[0]) / int(words[1]) if len(words) == 2 and words[0] != "max" else None
-    quota, period = _number(folder / "cpu.cfs_quota_us"), _number(folder / "cpu.cfs_period_us")
-    return quota / period if quota is not None and quota > 0 and period else None
-
-
-def free_memory_nbytes() -> int:
-    """Bytes of memory that this process could still take: the least that the machine and its control groups have."""
-    free = [_machine_free_nbytes()]
-    for version, folder in _control_groups("memory"):
-        limit = _number(folder / ("memory.max" if version == 2 else "memory.limit_in_bytes"))
-        used = _number(folder / ("memory.current" if version == 2 else "memory.usage_in_bytes"))
-        # a limit that is not near even without this look at what is used for what, which takes time, decides nothing
-        if limit is not None and used is not None and limit - used < min(free):
-            # the page cache counts as used, but gives way
-            statistics = dict(line.split(" ", 1) for line in _read(folder / "memory.stat").splitlines() if " " in line)
-            cached = int(statistics.get("inactive_file" if version == 2 else "total_inactive_file", "0"))
-            free.append(max(0, limit - max(0, used - cached)))
-    return min(free)
-
-
-def _machine_free_nbytes() -> int:
-    for line in _read(_SYSTEM_ROOT / "proc" / "meminfo").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    # not Linux: no cheap figure of what is free, so half of what there is
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-
-def _control_groups(controller: str) -> tuple[tuple[int, Path], ...]:
-    """(version, folder) of each control group that limits this process: its own and all above it."""
-    return _find_control_groups(_SYSTEM_ROOT, controller, int(monotonic() // _GRANT_SECONDS))
-
-
-@lru_cache(maxsize=2)
-def _find_control_groups(system_root: Path, controller: str, _window: int) -> tuple[tuple[int, Path], ...]:
-    """Look for them.
-
-    A container without a cgroup namespace sees a path here that doesn't exist below its mount; its limits then stand at
-    the mount's root, which ends every walk.
-    """
-    found: list[tuple[int, Path]] = []
-    mount = system_root / "sys" / "fs" / "cgroup"
-    for line in _read(system_root / "proc" / "self" / "cgroup").splitlines():
-        controllers, _, path = line.partition(":")[2].partition(":")
-        if controllers == "":
-            version, top = 2, mount
-        elif controller in controllers.split(","):
-            version, top = 1, mount / controller
-        else:
-            continue
-        folder = top / path.strip("/")
-        found.append((version, folder))
-        while folder != top:
-            folder = folder.parent
-            found.append((version, folder))
-    return tuple(found)
-
-
-def _read(path: Path) -> str:
-    """The text of a small system file, empty where it can't be read."""
-    pieces: list[bytes] = []
-    try:
-        # every take asks, and read_text() takes longer
-        file = os.open(path, os.O_RDONLY)
-        try:
-            while piece := os.read(file, 1 << 16):
-                pieces.append(piece)
-        finally:
-            os.close(file)
-        return b"".join(pieces).decode()
-    except (OSError, UnicodeDecodeError):
-        return ""
-
-
-def _number(path: Path) -> int | None:
-    """The integer that a system file holds, None for ``max`` or an absent file."""
-    try:
-        return int(_read(path))
-    except ValueError:
-        return None

@@ -19,7 +19,8 @@ class Stats:
         new_nbytes: a take: content that the store did not hold; a restore: content that was read.
         reused_nbytes: a take: content that the store held already; a restore: content that the target held already.
         hashed_nbytes: a take: content that this process hashed to compare it with what the store holds; less than the
-            state where other ranks hash their share of it. What is put is hashed once more.
+            state where other ranks hash their share of it, and where nobody has written since it was hashed last. What
+            is put is hashed once more.
         stored_nbytes: a take: bytes put into blobs; a restore: bytes read from blobs.
         manifest_nbytes: size of the manifest.
         num_chunks: chunks in the state.

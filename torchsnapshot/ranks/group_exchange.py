@@ -23,6 +23,7 @@ from torchsnapshot.coordination.distributed import Group
 from torchsnapshot.coordination.messages import unpack, unsqueeze
 from torchsnapshot.coordination.sessions import Session
 from torchsnapshot.engine.groups import grouped
+from torchsnapshot.engine.live_digests import live_digests
 from torchsnapshot.engine.pipeline import Job
 from torchsnapshot.errors import SnapshotError
 from torchsnapshot.format.entries import ContainerEntry
@@ -138,6 +139,7 @@ class Exchange:
         self._candidates = sharing.candidates(leaves, agreed.globs, group.global_ranks)
         self._structure = sharing.structure_of(leaves, self._candidates)
         self._shares = self._find_shares(parent)
+        self._look = live_digests().look()
 
     def _find_shares(self, parent: str | None) -> Shares | None:
         """How this take is divided; None where this rank has no memory that fits."""
@@ -173,12 +175,13 @@ class Exchange:
 
     def _hash(self, chunks: Sequence[Chunk], known: Known | None) -> None:
         small = (chunk for chunk in chunks if chunk.nbytes < self._small_nbytes)
-        jobs = [HashJob(group, known) for group in grouped(small, GROUP_NBYTES)]
-        jobs += [HashJob([chunk], known) for chunk in chunks if chunk.nbytes >= self._small_nbytes]
-        self._stats.hashed_nbytes += sum(chunk.nbytes for chunk in chunks)
+        jobs = [HashJob(group, known, self._look) for group in grouped(small, GROUP_NBYTES)]
+        jobs += [HashJob([chunk], known, self._look) for chunk in chunks if chunk.nbytes >= self._small_nbytes]
+        spared_nbytes = self._look.spared_nbytes
         if jobs:
             with self._stats.phase("hash"):
                 self._run(jobs)
+        self._stats.hashed_nbytes += sum(chunk.nbytes for chunk in chunks) - (self._look.spared_nbytes - spared_nbytes)
 
     def _tell(self, mine: Sequence[Chunk]) -> Exchanged | None:
         """One round of *exchange*; None where everybody has to hash everything."""

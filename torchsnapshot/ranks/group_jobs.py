@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from torchsnapshot.chunks.reader import digest_of
 from torchsnapshot.chunks.writer import ChunkWriter
 from torchsnapshot.engine.buffers import Buffer
+from torchsnapshot.engine.live_digests import Look
 from torchsnapshot.errors import SnapshotError
 from torchsnapshot.store.known import Known
 from torchsnapshot.taking.plan import Chunk
@@ -25,27 +26,39 @@ class HashJob:
     Args:
         chunks: one large one, or a group of small ones.
         known: what may be reused; None where only the digests are of interest.
+        look: what is known of memory; it learns what is read.
     """
 
-    def __init__(self, chunks: Sequence[Chunk], known: Known | None) -> None:
+    def __init__(self, chunks: Sequence[Chunk], known: Known | None, look: Look) -> None:
         # a copy is needed only where the bytes cannot be had as they lie: on a device, or with strides
         needed = [chunk.nbytes for chunk in chunks if chunk.source.live(chunk.piece.offset, chunk.nbytes) is None]
         self.nbytes = max(needed, default=0)
         self._chunks = chunks
         self._known = known
+        self._look = look
 
     def stage(self, buffer: Buffer | None) -> bool:
         """Do all of it; nothing is left to finish."""
         for chunk in self._chunks:
-            raw = chunk.source.live(chunk.piece.offset, chunk.nbytes)
-            if raw is None:
-                assert buffer is not None
-                raw = buffer.memory(chunk.nbytes)
-                chunk.source.stage(chunk.piece.box, raw)
-            chunk.digest = digest_of(raw)
+            chunk.digest = self._digest(chunk, buffer)
             if self._known is not None:
                 chunk.ref = self._known.lookup(chunk.digest, chunk.nbytes)
         return False
+
+    def _digest(self, chunk: Chunk, buffer: Buffer | None) -> bytes:
+        extent = chunk.extent
+        digest = self._look.digest(extent)
+        if digest is not None:
+            self._look.spare(chunk.nbytes)
+            return digest
+        raw = chunk.source.live(chunk.piece.offset, chunk.nbytes)
+        if raw is None:
+            assert buffer is not None
+            raw = buffer.memory(chunk.nbytes)
+            chunk.source.stage(chunk.piece.box, raw)
+        digest = digest_of(raw)
+        self._look.note(extent, digest)
+        return digest
 
     def finish(self, buffer: Buffer | None) -> None:
         """Nothing is left."""

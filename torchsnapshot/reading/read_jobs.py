@@ -20,6 +20,7 @@ from torchsnapshot.chunks.reader import ChunkReader, digest_of
 from torchsnapshot.engine.buffers import Buffer
 from torchsnapshot.engine.groups import LOOK_NBYTES, grouped
 from torchsnapshot.engine.job import Job
+from torchsnapshot.engine.live_digests import Extent, Look
 from torchsnapshot.errors import SnapshotError
 from torchsnapshot.geometry.grid import Box, Piece
 from torchsnapshot.pauses import collector_paused
@@ -35,6 +36,9 @@ MAX_GAP_NBYTES = 64 << 10
 
 class Memory(Protocol):
     """What bytes are scattered into."""
+
+    def extent(self, offset: int, nbytes: int) -> Extent | None:
+        """The address and the size of what ``live`` shows; None where it shows nothing, or nothing that lasts."""
 
     def live(self, offset: int, nbytes: int) -> memoryview | None:
         """The present bytes where they lie; None where that is impossible."""
@@ -76,12 +80,19 @@ class Sink:
     has_held: bool = False
     written: bool = False
 
-    def holds(self, share: Share, ref: ChunkRef) -> bool:
+    def holds(self, share: Share, ref: ChunkRef, look: Look) -> bool:
         """Whether the memory holds this content already."""
         if not self.looks or share.offset is None:
             return False
-        live = self.memory.live(share.offset, ref.nbytes)
-        if live is None or digest_of(live) != ref.digest:
+        extent = self.memory.extent(share.offset, ref.nbytes)
+        digest = look.digest(extent)
+        if digest is None:
+            live = self.memory.live(share.offset, ref.nbytes)
+            if live is None:
+                return False
+            digest = digest_of(live)
+            look.note(extent, digest)
+        if digest != ref.digest:
             return False
         self.has_held = True
         return True
@@ -112,7 +123,8 @@ class Looking:
     PATIENCE = 24
     EVERY = 8
 
-    def __init__(self) -> None:
+    def __init__(self, look: Look) -> None:
+        self._look = look
         self._num_in_vain = 0
         self._num_passed = 0
 
@@ -120,7 +132,7 @@ class Looking:
         """Those of ``wanted`` that are not known to hold the chunk."""
         if not any(sink.looks for sink, _ in wanted) or not self._is_worth_it(wanted):
             return wanted
-        still = [(sink, share) for sink, share in wanted if not sink.holds(share, ref)]
+        still = [(sink, share) for sink, share in wanted if not sink.holds(share, ref, self._look)]
         self._num_in_vain = 0 if len(still) < len(wanted) else self._num_in_vain + 1
         return still
 
@@ -287,10 +299,18 @@ class naming:
             raise type(error)(f"{', '.join(paths[:3])}{more}: {error}") from error
 
 
-def read_jobs(chunks: Iterable[WantedChunk], reader: ChunkReader, counters: Counters) -> list[Job]:
+def read_jobs(
+    chunks: Iterable[WantedChunk], reader: ChunkReader, counters: Counters, look: Look | None = None
+) -> list[Job]:
     """The jobs that bring every content to all that want it: packs by neighbourhood first, then whole blobs.
 
     Those without a buffer are looks, which bring the jobs for what they do not find.
+
+    Args:
+        chunks: all contents, and who wants them.
+        reader: of the snapshot's store.
+        counters: of the restore.
+        look: what is known of the targets' memory; it came after they were allocated.
     """
 
     def one_by_one(members: Sequence[WantedChunk]) -> list[Job]:
@@ -305,7 +325,7 @@ def read_jobs(chunks: Iterable[WantedChunk], reader: ChunkReader, counters: Coun
         ref, _ = chunk
         is_whole = ref.stored_nbytes == ref.blob_nbytes
         (whole if is_whole else packs.setdefault(ref.key, [])).append(chunk)
-    looking = Looking()
+    looking = Looking(look or Look())
     jobs: list[Job] = []
     for pack in packs.values():
         pack.sort(key=lambda chunk: chunk[0].offset)

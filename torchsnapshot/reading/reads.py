@@ -14,6 +14,7 @@ from typing import Any
 
 from torchsnapshot import knobs
 from torchsnapshot.chunks.reader import ChunkReader
+from torchsnapshot.engine.live_digests import live_digests
 from torchsnapshot.engine.pipeline import Mode, apart, submit
 from torchsnapshot.errors import CorruptionError, FormatError, PartialRestoreError, SnapshotError
 from torchsnapshot.format.entries import OpaqueEntry, ShardedTensorEntry, StoredManifest, TensorEntry, ValueEntry
@@ -33,6 +34,10 @@ class BytesMemory:
 
     def __init__(self, nbytes: int) -> None:
         self.data = bytearray(nbytes)
+
+    def extent(self, offset: int, nbytes: int) -> tuple[int, int] | None:
+        """Nobody has to find it again."""
+        return None
 
     def live(self, offset: int, nbytes: int) -> memoryview | None:
         """There is nothing in it yet that could be right."""
@@ -167,7 +172,9 @@ class Reading:
 
     def _read(self, budget_nbytes: int | None) -> None:
         reader = ChunkReader(self._repository, is_alone=knobs.get_local_world_size() == 1)
-        jobs, looks = apart(read_jobs(self._wanted.values(), reader, Counters(self.stats)))
+        # all targets are there by now
+        look = live_digests().look()
+        jobs, looks = apart(read_jobs(self._wanted.values(), reader, Counters(self.stats), look))
         for sink, share, data in self._inline:
             sink.scatter(share, memoryview(data))
         if jobs or looks:

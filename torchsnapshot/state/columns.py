@@ -63,6 +63,11 @@ class BufferColumn:
 
     def over(self, memory: TensorMemory) -> list[Any] | None:
         """One buffer for each; good for as long as ``memory`` is held. None where one has no memory."""
+        starts = self.addresses(memory)
+        return None if starts is None else [make(start) for make, start in zip(self._makers, starts, strict=True)]
+
+    def addresses(self, memory: TensorMemory) -> list[int] | None:
+        """Where each begins. None where one has no memory."""
         storages, offsets = memory.storages, memory.offsets
         starts = list(map(torch.UntypedStorage.data_ptr, [storages[number] for number in self._numbers]))
         if not all(starts):
@@ -71,7 +76,11 @@ class BufferColumn:
             starts = list(map(operator.add, starts, [offsets[number] for number in self._numbers]))
         if self._offsets is not None:
             starts = list(map(operator.add, starts, self._offsets))
-        return [make(start) for make, start in zip(self._makers, starts, strict=True)]
+        return starts
+
+    def at(self, index: int, address: int) -> Any:
+        """One buffer, at the address that ``addresses`` has given for it."""
+        return self._makers[index](address)
 
 
 class TensorColumns:

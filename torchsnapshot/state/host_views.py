@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 
+from torchsnapshot.engine.buffers import address_of
 from torchsnapshot.errors import UnsupportedValueError
 from torchsnapshot.geometry.grid import Box, whole
 from torchsnapshot.geometry.layout import contiguous_offset, element_span, permutation_of
@@ -75,6 +76,10 @@ class HostView:
         """
         raise NotImplementedError
 
+    def extent(self, offset: int, nbytes: int) -> tuple[int, int] | None:
+        """Address and size of what ``live`` would show, None for nothing."""
+        return (self._pointer() + offset, nbytes) if self._contiguous and nbytes else None
+
     def live(self, offset: int, nbytes: int) -> memoryview | None:
         """The bytes where they lie, without a copy: writing to them writes the tensor.
 
@@ -105,14 +110,13 @@ class HostView:
         nbytes = self._check(box, into)
         if not nbytes:
             return
-        if nbytes == self.nbytes and self._contiguous:
-            start: int | None = 0
-        else:
+        start: int | None = 0
+        if nbytes != self.nbytes or not self._contiguous:
             start = contiguous_offset(box, self._dims) if self._contiguous else None
         if start is None:
             self._copy_out(box, into)
         else:
-            move(_address(into), self._pointer() + start * self.itemsize, nbytes)
+            move(address_of(into), self._pointer() + start * self.itemsize, nbytes)
 
     def scatter(self, box: Box, data: memoryview) -> None:
         """Copy C-contiguous bytes into a box of the tensor: the inverse of ``stage``.
@@ -133,7 +137,7 @@ class HostView:
             assert view is not None
             view[:] = data
         else:
-            move(self._pointer() + start * self.itemsize, _address(data), nbytes)
+            move(self._pointer() + start * self.itemsize, address_of(data), nbytes)
 
     def scatter_part(self, chunk: Box, data: memoryview, part: Box) -> None:
         """Copy a part of C-contiguous bytes into the tensor.
@@ -385,10 +389,6 @@ def memory_span(tensor: Any) -> tuple[int, int]:
 
 def _slices(box: Box) -> tuple[slice, ...]:
     return tuple(slice(start, start + size) for start, size in zip(box.offsets, box.sizes, strict=True))
-
-
-def _address(buffer: memoryview) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
 
 
 def _device_event(tensor: torch.Tensor) -> Any:

@@ -136,6 +136,10 @@ class PlacedView:
         """Bytes of one element."""
         return self.view.itemsize
 
+    def extent(self, offset: int, nbytes: int) -> tuple[int, int] | None:
+        """See ``HostView.extent``; the offset counts from the part's first byte."""
+        return self.view.extent(offset, nbytes)
+
     def live(self, offset: int, nbytes: int) -> memoryview | None:
         """See ``HostView.live``; the offset counts from the part's first byte."""
         return self.view.live(offset, nbytes)

@@ -15,11 +15,13 @@ import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any
 
 import torch
 
 from torchsnapshot.chunks.reader import digest_of
+from torchsnapshot.engine.live_digests import Extent, Look
 from torchsnapshot.errors import UnsupportedValueError
 from torchsnapshot.store.envelope import ChunkRef
 from torchsnapshot.store.known import Known
@@ -74,11 +76,12 @@ class ExpectedLeaf:
 class ExpectedChunk:
     """A chunk of a leaf: where its bytes lie, and where those that are expected are stored.
 
-    ``buffer`` is good for as long as ``leaf`` is held.
+    ``extent`` says where ``buffer`` is. ``buffer`` is good for as long as ``leaf`` is held.
     """
 
     leaf: ExpectedLeaf
     index: int
+    extent: Extent
     buffer: Any
     ref: ChunkRef
 
@@ -107,7 +110,7 @@ class Expected:
             yield from (chunk.ref for chunk in group if isinstance(chunk, ExpectedChunk))
 
 
-def differing(chunks: Sequence[Chunk | ExpectedChunk], known: Known) -> list[Chunk]:
+def differing(chunks: Sequence[Chunk | ExpectedChunk], known: Known, look: Look) -> list[Chunk]:
     """Look at all that are expected: those that are to be staged, and the plan's own, in their order.
 
     A chunk passes if it is what the last take stored, and that may be reused.
@@ -119,6 +122,7 @@ def differing(chunks: Sequence[Chunk | ExpectedChunk], known: Known) -> list[Chu
     for leaf in dict.fromkeys(map(_LEAF, expected)):
         leaf.check_memory()
     digests = list(map(digest_of, map(_BUFFER, expected)))
+    look.note_all(list(map(_EXTENT, expected)), digests)
     if digests == list(map(_DIGEST, expected)) and known.may_reuse(map(_REF, expected)):
         return [chunk for chunk in chunks if isinstance(chunk, Chunk)]
     digest_by_place = dict(zip(map(id, expected), digests, strict=True))
@@ -131,6 +135,24 @@ def differing(chunks: Sequence[Chunk | ExpectedChunk], known: Known) -> list[Chu
     return found
 
 
+def written(chunks: Sequence[Chunk], extents: Sequence[Extent], known: Known, look: Look) -> list[bool]:
+    """Whether each of a few settled chunks has to be looked at: all but those that nobody has written since the last
+    take, as far as what they hold may be reused.
+    """
+    digests = look.digests(extents)
+    if not any(digests):
+        return [True] * len(chunks)
+    is_left = [digest is None or digest != chunk.previous for chunk, digest in zip(chunks, digests, strict=True)]
+    unwritten = list(compress(chunks, map(operator.not_, is_left)))
+    refs = [chunk.ref for chunk in unwritten if chunk.ref is not None]
+    known.look_for(refs)
+    if not known.may_reuse(refs):
+        return [True] * len(chunks)
+    look.spare(sum(chunk.nbytes for chunk in unwritten))
+    return is_left
+
+
+_EXTENT = operator.attrgetter("extent")
 _LEAF = operator.attrgetter("leaf")
 _BUFFER = operator.attrgetter("buffer")
 _REF = operator.attrgetter("ref")

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from torchsnapshot.engine.groups import grouped
+from torchsnapshot.engine.live_digests import Extent
 from torchsnapshot.format.entries import (
     ContainerEntry,
     Entry,
@@ -47,6 +48,9 @@ INLINE_VALUE_NBYTES = 16 << 10
 class Source(Protocol):
     """Where the bytes of a leaf come from: a tensor's host view, or plain bytes."""
 
+    def extent(self, offset: int, nbytes: int) -> Extent | None:
+        """The address and the size of what ``live`` shows; None where it shows nothing, or nothing that lasts."""
+
     def live(self, offset: int, nbytes: int) -> memoryview | None:
         """The bytes where they lie, without a copy; None where that is impossible."""
 
@@ -59,6 +63,10 @@ class BytesSource:
     """The bytes of a large value or pickle, cut like a one-dimensional uint8 tensor."""
 
     data: bytes
+
+    def extent(self, offset: int, nbytes: int) -> Extent | None:
+        """Bytes are made anew for each take."""
+        return None
 
     def live(self, offset: int, nbytes: int) -> memoryview | None:
         """The bytes where they lie."""
@@ -92,6 +100,11 @@ class Chunk:
     def nbytes(self) -> int:
         """Raw size in bytes."""
         return self.piece.nbytes
+
+    @property
+    def extent(self) -> Extent | None:
+        """Where it lies in memory: address and size in bytes; None where the host cannot read it as it lies."""
+        return self.source.extent(self.piece.offset, self.nbytes)
 
     @property
     def row_length(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torchsnapshot.engine.live_digests import Look
 from torchsnapshot.state.app_state import PrepareTensor, ask_for_states, flatten_states, log_opaque
 from torchsnapshot.state.flatten import Node
 from torchsnapshot.state.skeleton import Reading, Skeleton
@@ -67,7 +68,7 @@ class TakenState:
         return plan, found
 
     def plan(
-        self, store_id: str, previous: Remembered, known: Known, chunk_nbytes: int, small_nbytes: int
+        self, store_id: str, previous: Remembered, known: Known, look: Look, chunk_nbytes: int, small_nbytes: int
     ) -> tuple[TakePlan, Expected, Structure | None]:
         """Cut the state into chunks; a state of the same structure as the last one with less work.
 
@@ -75,6 +76,7 @@ class TakenState:
             store_id: the store that it is taken into.
             previous: what this process last took or restored there.
             known: what the take may reuse.
+            look: what is known of memory, and was found out when the state was there.
             chunk_nbytes: see ``plan_take``.
             small_nbytes: see ``plan_take``.
 
@@ -84,7 +86,7 @@ class TakenState:
         """
         last = structure.recall(store_id)
         if last is not None and self._reading is not None:
-            short = last.plan_settled(self._reading, previous.take_id, known, (chunk_nbytes, small_nbytes))
+            short = last.plan_settled(self._reading, previous.take_id, known, look, (chunk_nbytes, small_nbytes))
             if short is not None:
                 return *short, last
         plan, found = self.plan_anew(store_id, previous, chunk_nbytes, small_nbytes)

@@ -24,10 +24,11 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import count, islice, repeat
+from itertools import compress
 from typing import Any
 
 from torchsnapshot.chunks.reader import digest_of
+from torchsnapshot.engine.live_digests import Look
 from torchsnapshot.format.entries import ContainerEntry
 from torchsnapshot.pauses import collector_paused
 from torchsnapshot.recent import Recent
@@ -35,7 +36,7 @@ from torchsnapshot.state.flatten import Node, OnOpaque
 from torchsnapshot.state.skeleton import Reading, Skeleton
 from torchsnapshot.store.envelope import ChunkRef
 from torchsnapshot.store.known import Known
-from torchsnapshot.taking.expected import Expected, ExpectedChunk, ExpectedLeaf
+from torchsnapshot.taking.expected import Expected, ExpectedChunk, ExpectedLeaf, written
 from torchsnapshot.taking.history import place_of
 from torchsnapshot.taking.plan import (
     Chunk,
@@ -137,7 +138,7 @@ class Structure:
 
     @collector_paused()
     def plan_settled(
-        self, reading: Reading, take_id: str | None, known: Known, sizes: tuple[int, int]
+        self, reading: Reading, take_id: str | None, known: Known, look: Look, sizes: tuple[int, int]
     ) -> tuple[TakePlan, Expected] | None:
         """The plan of a state that was read into the skeleton: leaves where nothing has changed are settled ones.
 
@@ -145,6 +146,7 @@ class Structure:
             reading: the state.
             take_id: the snapshot that this process last took or restored.
             known: what this take may reuse.
+            look: what is known of memory.
             sizes: of chunks and of small chunks, as ``plan_take`` is given them.
 
         Returns:
@@ -162,7 +164,7 @@ class Structure:
         if not _take_inline(reading, columns, leaves):
             return None
         changed = _take_hashed(reading, columns, leaves)
-        expected = self._expected(reading, columns, leaves)
+        expected = self._expected(reading, columns, leaves, known, look)
         if changed is None or expected is None:
             return None
         numbers = reading.skeleton.numbers
@@ -183,28 +185,42 @@ class Structure:
         return self._plan_of(leaves, sorted(fresh), still, inline_nbytes)
 
     def _expected(
-        self, reading: Reading, columns: Columns, leaves: list[Leaf]
+        self, reading: Reading, columns: Columns, leaves: list[Leaf], known: Known, look: Look
     ) -> list[list[ExpectedChunk] | None] | None:
-        """The chunks of larger tensors whose bytes are likely to be what the last take stored; None in place of others.
+        """What of larger tensors is to be looked at, one list of chunks for each; None for those that are likely to
+        have changed. What nobody has written since the last take is in no list.
 
         Returns:
             None where their memory cannot be read.
         """
-        buffers = columns.expected_buffers.over(reading.memory)
-        if buffers is None:
+        buffers = columns.expected_buffers
+        addresses = buffers.addresses(reading.memory)
+        if addresses is None:
             return None
+        extents = list(zip(addresses, columns.expected_sizes, strict=True))
+        chunks = [chunk for number in columns.expected_numbers for chunk in leaves[number].chunks]
+        is_left = written(chunks, extents, known, look)
         found: list[list[ExpectedChunk] | None] = []
-        left = iter(buffers)
+        end = 0
         for column, number in zip(columns.expected, columns.expected_numbers, strict=True):
             last = leaves[number]
-            mine = list(islice(left, len(last.chunks)))
-            if any(chunk.changed_last_time for chunk in last.chunks):
-                found.append(None)
+            begin, end = end, end + len(last.chunks)
+            left = list(compress(range(begin, end), is_left[begin:end]))
+            has_changed = any(chunk.changed_last_time for chunk in last.chunks)
+            if not left and has_changed:
+                leaves[number] = last.settled(last.view)
+            if not left or has_changed:
+                found.append(None if left else [])
                 continue
             renew = partial(self._renewed, reading, column, number, last)
             leaf = ExpectedLeaf(leaves, number, reading.memory.storages[column], renew)
-            refs = [chunk.ref for chunk in last.chunks if chunk.ref is not None]
-            found.append(list(map(ExpectedChunk, repeat(leaf), count(), mine, refs)))
+            found.append(
+                [
+                    ExpectedChunk(leaf, index - begin, extents[index], buffers.at(index, addresses[index]), ref)
+                    for index in left
+                    if (ref := chunks[index].ref) is not None
+                ]
+            )
         return found
 
     def _renewed(self, reading: Reading, column: int, number: int, last: Leaf) -> Leaf:
@@ -234,8 +250,10 @@ class Structure:
         expected = Expected()
         groups: list[list[Chunk | ExpectedChunk]] = [[] for _ in range(self._num_groups)]
         for number in sorted((*fresh, *still)):
+            pack_of = self._templates[number].groups
             chunks: Sequence[Chunk | ExpectedChunk] = still.get(number) or leaves[number].chunks
-            for chunk, group in zip(chunks, self._templates[number].groups, strict=True):
+            for index, chunk in enumerate(chunks):
+                group = pack_of[chunk.index if isinstance(chunk, ExpectedChunk) else index]
                 if group is not None:
                     groups[group].append(chunk)
                 elif isinstance(chunk, Chunk):

@@ -18,6 +18,7 @@ from torchsnapshot import knobs
 from torchsnapshot.chunks.bases import bases_of
 from torchsnapshot.chunks.reader import BlobStore
 from torchsnapshot.chunks.writer import ChunkWriter, Encoding
+from torchsnapshot.engine.live_digests import Look, live_digests
 from torchsnapshot.engine.meter import meter_of
 from torchsnapshot.engine.pipeline import Run
 from torchsnapshot.engine.staging import get_memory_ready, submit_take, wait_staged, warm_up
@@ -146,6 +147,7 @@ class _Work:
     parent: history.Remembered
     previous: history.Remembered
     known: Known
+    look: Look
     plan: TakePlan
     writer: ChunkWriter
     blobs: PendingBlobs
@@ -188,13 +190,14 @@ class Take:
             chunk_nbytes = knobs.get_chunk_size_bytes(repository.chunk_nbytes)
             small_nbytes = 0 if knobs.is_batching_disabled() else min(SMALL_CHUNK_NBYTES, chunk_nbytes)
             assert self._state is not None
+            look = live_digests().look()
             plan, expected, self._structure = self._state.plan(
-                repository.store_id, previous, known, chunk_nbytes, small_nbytes
+                repository.store_id, previous, known, look, chunk_nbytes, small_nbytes
             )
             self._state = None
             blobs, encoding = PendingBlobs(repository), self._options.encoding
             writer = chunk_writer(repository, session.take_id, 0, encoding, in_background=in_background, blobs=blobs)
-            jobs, sizes = take_jobs(plan, expected, known, writer), buffer_sizes(plan, expected)
+            jobs, sizes = take_jobs(plan, expected, known, writer, look), buffer_sizes(plan, expected)
             refs = list(expected.refs)
             # tensors of which nothing has to be staged live no longer than the look at them
             del expected
@@ -206,7 +209,7 @@ class Take:
             with run.stopped_by_errors():
                 known.look_for(refs, lambda: not run.is_staged)
             wait_staged(run) if in_background else run.wait()
-        self._work = _Work(session, parent, previous, known, plan, writer, blobs, run)
+        self._work = _Work(session, parent, previous, known, look, plan, writer, blobs, run)
 
     def commit(self) -> Opened:
         """Wait until every blob is durable, put the manifest, commit.
@@ -251,8 +254,8 @@ class Take:
         stats.num_chunks = sum(len(leaf.chunks) for leaf in work.plan.leaves)
         stats.num_new_chunks = len(new)
         stats.new_nbytes = sum(ref.nbytes for ref in new)
-        stats.hashed_nbytes = work.plan.chunked_nbytes
-        stats.reused_nbytes = stats.hashed_nbytes - stats.new_nbytes
+        stats.hashed_nbytes = work.plan.chunked_nbytes - work.look.spared_nbytes
+        stats.reused_nbytes = work.plan.chunked_nbytes - stats.new_nbytes
         stats.stored_nbytes, stats.num_blobs = work.writer.stored_nbytes, work.writer.num_blobs
         user_metadata = dict(self._options.user_metadata or {})
         extra: dict[str, Entry] = {}

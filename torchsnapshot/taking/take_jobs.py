@@ -1,12 +1,13 @@
 """The units of work of a take, as the engine carries them: one large chunk, one group of small ones, or a look at many.
 
-What lives here: compare → stage → digest → known? → put, for one unit. What doesn't: the order of a take's steps
-(``take``), what is cut how (``plan``), how bytes are stored, and that one content is stored once (``chunks.writer``),
-what becomes of packs that are hardly used any more (``repack``).
+What lives here: unwritten? → compare → stage → digest → known? → put, for one unit. What doesn't: the order of a
+take's steps (``take``), what is cut how (``plan``), how bytes are stored, and that one content is stored once
+(``chunks.writer``), what becomes of packs that are hardly used any more (``repack``).
 
 Invariant: the digest that names a blob is computed over the very buffer that is encoded and put: copy, digest of the
-copy, put. A digest of live memory only answers "is this what the last take stored here?"; where it isn't, the bytes
-are copied and the copy is hashed. So a tensor that another thread changes meanwhile cannot poison the store.
+copy, put. A digest of live memory only answers "is this what the last take stored here?", and so does one that is known
+from before where nobody has written since (``engine.live_digests``); where it isn't, the bytes are copied and the copy
+is hashed. So a tensor that another thread changes meanwhile cannot poison the store.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torchsnapshot.chunks.reader import digest_of
 from torchsnapshot.chunks.writer import ChunkWriter
 from torchsnapshot.engine.buffers import Buffer
 from torchsnapshot.engine.groups import LOOK_NBYTES, grouped
+from torchsnapshot.engine.live_digests import Extent, Look
 from torchsnapshot.engine.pipeline import Job
 from torchsnapshot.store.envelope import ChunkRef
 from torchsnapshot.store.known import Known
@@ -27,29 +29,41 @@ NUM_AHEAD = 16
 """How many large chunks are staged before small ones: enough to keep a store busy meanwhile."""
 
 
-def _holds_still(chunk: Chunk, known: Known) -> bool:
+def _holds_still(chunk: Chunk, extent: Extent | None, known: Known, look: Look) -> bool:
     """Whether live memory equals what the last take stored here, and that may be reused; then the chunk is done."""
-    if chunk.previous is None or chunk.changed_last_time:
+    if chunk.previous is None:
         return False
-    live = chunk.source.live(chunk.piece.offset, chunk.nbytes)
-    if live is None or digest_of(live) != chunk.previous:
-        return False
-    chunk.ref = known.lookup(chunk.previous, chunk.nbytes)
+    digest = look.digest(extent)
+    is_unwritten = digest is not None
+    if digest is None:
+        live = None if chunk.changed_last_time else chunk.source.live(chunk.piece.offset, chunk.nbytes)
+        if live is None:
+            return False
+        digest = digest_of(live)
+        look.note(extent, digest)
+    if digest == chunk.previous:
+        chunk.ref = known.lookup(digest, chunk.nbytes)
+    if chunk.ref is not None and is_unwritten:
+        look.spare(chunk.nbytes)
     return chunk.ref is not None
 
 
 class ChunkJob:
     """Carries one large chunk."""
 
-    def __init__(self, chunk: Chunk, known: Known, writer: ChunkWriter) -> None:
+    def __init__(self, chunk: Chunk, known: Known, writer: ChunkWriter, look: Look) -> None:
         self.nbytes = chunk.nbytes
         self._chunk = chunk
         self._known = known
         self._writer = writer
+        self._look = look
+        self._extent: Extent | None = None
 
     def stage(self, buffer: Buffer | None) -> bool:
         """Compare with the last take; where that differs, copy."""
-        if _holds_still(self._chunk, self._known):
+        # later the application may have given the tensor other memory
+        self._extent = self._chunk.extent
+        if _holds_still(self._chunk, self._extent, self._known, self._look):
             return False
         assert buffer is not None
         self._chunk.source.stage(self._chunk.piece.box, buffer.memory(self.nbytes))
@@ -60,6 +74,7 @@ class ChunkJob:
         assert buffer is not None
         raw = buffer.memory(self.nbytes)
         digest = digest_of(raw)
+        self._look.note(self._extent, digest)
         ref = self._known.lookup(digest, self.nbytes)
         self._chunk.ref = ref or self._put(raw, digest)
 
@@ -75,12 +90,13 @@ class ChunkJob:
 class GroupJob:
     """Carries a group of small chunks; those that are new become one pack."""
 
-    def __init__(self, group: Sequence[Chunk], known: Known, writer: ChunkWriter) -> None:
+    def __init__(self, group: Sequence[Chunk], known: Known, writer: ChunkWriter, look: Look) -> None:
         self.nbytes = sum(chunk.nbytes for chunk in group)
         self._group = group
         self._known = known
         self._writer = writer
-        self._staged: list[tuple[Chunk, int]] = []
+        self._look = look
+        self._staged: list[tuple[Chunk, Extent | None, int]] = []
 
     def stage(self, buffer: Buffer | None) -> bool:
         """Compare each member with the last take; copy what differs."""
@@ -88,9 +104,10 @@ class GroupJob:
         memory = buffer.memory(self.nbytes)
         offset = 0
         for chunk in self._group:
-            if not _holds_still(chunk, self._known):
+            extent = chunk.extent
+            if not _holds_still(chunk, extent, self._known, self._look):
                 chunk.source.stage(chunk.piece.box, memory[offset : offset + chunk.nbytes])
-                self._staged.append((chunk, offset))
+                self._staged.append((chunk, extent, offset))
                 offset += chunk.nbytes
         return bool(self._staged)
 
@@ -99,9 +116,10 @@ class GroupJob:
         assert buffer is not None
         memory = buffer.memory(self.nbytes)
         new = []
-        for chunk, offset in self._staged:
+        for chunk, extent, offset in self._staged:
             raw = memory[offset : offset + chunk.nbytes]
             digest = digest_of(raw)
+            self._look.note(extent, digest)
             chunk.ref = self._known.lookup(digest, chunk.nbytes)
             if chunk.ref is None:
                 new.append((chunk, (digest, raw, chunk.width)))
@@ -117,6 +135,7 @@ class LookJob:
     Args:
         chunks: to be looked at; those among them that the plan has made anew count as differing.
         known: what the take may reuse.
+        look: what is known of memory; it learns what is read.
         jobs_of: the jobs for those that differ.
     """
 
@@ -126,34 +145,36 @@ class LookJob:
         self,
         chunks: Sequence[Chunk | ExpectedChunk],
         known: Known,
+        look: Look,
         jobs_of: Callable[[Sequence[Chunk]], Sequence[Job]],
     ) -> None:
         self._chunks = chunks
         self._known = known
+        self._look = look
         self._jobs_of = jobs_of
 
     def stage(self, buffer: Buffer | None) -> Sequence[Job]:
         """Look at all of them."""
-        return self._jobs_of(differing(self._chunks, self._known))
+        return self._jobs_of(differing(self._chunks, self._known, self._look))
 
     def finish(self, buffer: Buffer | None) -> None:
         """Nothing is left."""
 
 
-def take_jobs(plan: TakePlan, expected: Expected, known: Known, writer: ChunkWriter) -> list[Job]:
+def take_jobs(plan: TakePlan, expected: Expected, known: Known, writer: ChunkWriter, look: Look) -> list[Job]:
     """The jobs of a take, in the order in which they should be staged."""
 
     def one_by_one(chunks: Sequence[Chunk]) -> list[Job]:
-        return [ChunkJob(chunk, known, writer) for chunk in chunks]
+        return [ChunkJob(chunk, known, writer, look) for chunk in chunks]
 
     def together(group: Sequence[Chunk]) -> list[Job]:
-        return [GroupJob(group, known, writer)] if group else []
+        return [GroupJob(group, known, writer, look)] if group else []
 
     groups = [job for group in plan.groups for job in together(group)]
-    groups += [LookJob(group, known, together) for group in expected.groups]
+    groups += [LookJob(group, known, look, together) for group in expected.groups]
     # what changed last time has to be written, most likely: the sooner that begins, the more work it overlaps with
     large = one_by_one(sorted(plan.large, key=lambda chunk: not chunk.changed_last_time))
-    large += [LookJob(chunks, known, one_by_one) for chunks in grouped(expected.large, LOOK_NBYTES)]
+    large += [LookJob(chunks, known, look, one_by_one) for chunks in grouped(expected.large, LOOK_NBYTES)]
     # the many chunks of a group take the cores some time, for which the store should have something to do
     return [*large[:NUM_AHEAD], *groups, *large[NUM_AHEAD:]]
 

@@ -92,9 +92,10 @@ class Columns:
         self.hashed_buffers = BufferColumn(self.hashed, [sizes[column] for column in self.hashed])
         self.expected_numbers = [skeleton.numbers[column] for column in self.expected]
         pieces = [templates[number].pieces for number in self.expected_numbers]
+        self.expected_sizes = [piece.nbytes for cut in pieces for piece in cut]
         self.expected_buffers = BufferColumn(
             [column for column, cut in zip(self.expected, pieces, strict=True) for _ in cut],
-            [piece.nbytes for cut in pieces for piece in cut],
+            self.expected_sizes,
             [piece.offset for cut in pieces for piece in cut],
         )
 

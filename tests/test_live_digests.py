@@ -1,0 +1,433 @@
+"""What is said of live memory without reading it: always what stands there, and only where that pays."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import logging
+import mmap
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from memory_watch import needs_page_watch
+
+from torchsnapshot.chunks.reader import digest_of
+from torchsnapshot.engine import live_digests as module
+from torchsnapshot.engine.live_digests import AUDIT_EVERY, MIN_NBYTES, Extent, LiveDigests, Look
+from torchsnapshot.engine.page_watch import PageWatch, Range
+from torchsnapshot.errors import SnapshotError
+
+PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+NBYTES = 2 * MIN_NBYTES
+NUM_CHUNKS = 6
+
+
+class Chunks:
+    """Chunks of memory side by side, which begin and end in the middle of pages."""
+
+    def __init__(self, num_chunks: int = NUM_CHUNKS) -> None:
+        # nothing else lies in its pages
+        self.memory = torch.frombuffer(mmap.mmap(-1, num_chunks * NBYTES + 4096, flags=PRIVATE), dtype=torch.uint8)
+        self.start = self.memory.data_ptr() + 100
+        self.extents: list[Extent] = [(self.start + number * NBYTES, NBYTES) for number in range(num_chunks)]
+
+    def digest(self, number: int) -> bytes:
+        """Of what stands there now."""
+        address, nbytes = self.extents[number]
+        return digest_of(memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B"))
+
+    def write(self, number: int, offset: int = 1000) -> None:
+        """Change a byte of a chunk."""
+        self.memory[100 + number * NBYTES + offset] += 1
+
+
+def read_all(digests: LiveDigests, chunks: Chunks) -> list[int]:
+    """What a take does: look, believe what is known, hash the rest; the numbers of the chunks that had to be hashed."""
+    look = digests.look()
+    hashed = []
+    for number, known in enumerate(look.digests(chunks.extents)):
+        actual = chunks.digest(number)
+        if known is None:
+            hashed.append(number)
+            look.note(chunks.extents[number], actual)
+        else:
+            assert known == actual
+    return hashed
+
+
+@pytest.fixture
+def digests() -> Iterator[LiveDigests]:
+    """Knows nothing yet."""
+    digests = LiveDigests()
+    yield digests
+    digests.forget()
+
+
+def look_until_known(digests: LiveDigests, chunks: Chunks) -> None:
+    """Look so often that all that lies still is watched, and known."""
+    for _ in range(4):
+        read_all(digests, chunks)
+
+
+@needs_page_watch
+def test_what_lies_still_is_hashed_no_more(digests: LiveDigests) -> None:
+    """A chunk that was found unchanged once is hashed once more, and then only to check on the kernel."""
+    chunks = Chunks(64)
+    everything = list(range(64))
+    assert [read_all(digests, chunks) for _ in range(3)] == [everything] * 3
+    hashed = [number for _ in range(AUDIT_EVERY) for number in read_all(digests, chunks)]
+    assert sorted(hashed) == everything
+
+
+@needs_page_watch
+def test_a_written_chunk_is_not_known_and_its_neighbours_are(
+    digests: LiveDigests, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One byte makes its chunk unknown, and a chunk that shares the byte's page too; then they are known again."""
+    monkeypatch.setattr(module, "AUDIT_EVERY", 1 << 60)
+    chunks = Chunks()
+    look_until_known(digests, chunks)
+    chunks.write(2)
+    look = digests.look()
+    assert [known is None for known in look.digests(chunks.extents)].count(True) in (1, 2)
+    assert look.digest(chunks.extents[2]) is None
+    chunks.write(4, offset=NBYTES - 1)
+    look = digests.look()
+    assert look.digests(chunks.extents[4:]) == [None, None]
+    assert set(read_all(digests, chunks)) >= {4, 5}
+    assert read_all(digests, chunks) == []
+
+
+@needs_page_watch
+def test_what_changes_each_time_is_never_watched(digests: LiveDigests) -> None:
+    """A state that every step changes: the kernel is never asked, so no write costs more than it always did."""
+    chunks = Chunks()
+    for _ in range(10):
+        assert read_all(digests, chunks) == list(range(NUM_CHUNKS))
+        chunks.memory += 1
+    assert digests._watch is None
+
+
+@needs_page_watch
+def test_what_changes_often_is_given_up(digests: LiveDigests) -> None:
+    """A chunk that is written at every other look is soon watched no more, and less often from time to time."""
+    chunks = Chunks(1)
+    watched = []
+    for step in range(100):
+        read_all(digests, chunks)
+        watched.append(bool(digests._runs))
+        if step % 4 == 3:
+            chunks.write(0)
+    assert sum(watched[:50]) > sum(watched[50:])
+
+
+@needs_page_watch
+def test_what_changes_rarely_stays_watched(digests: LiveDigests) -> None:
+    """A chunk that is written at one look in ten is known at most of the others."""
+    chunks = Chunks(1)
+    num_hashed = 0
+    for step in range(100):
+        num_hashed += len(read_all(digests, chunks))
+        if step % 10 == 9:
+            chunks.write(0)
+    assert num_hashed < 100 // 10 + 100 // AUDIT_EVERY + 6
+
+
+@needs_page_watch
+def test_a_digest_of_before_a_write_is_not_taken_in(digests: LiveDigests) -> None:
+    """What a slow reader notes after a later look has found its chunk written says nothing of what stands there now."""
+    chunks = Chunks()
+    look_until_known(digests, chunks)
+    slow = digests.look()
+    old = chunks.digest(1)
+    chunks.write(1)
+    assert digests.look().digest(chunks.extents[1]) is None
+    slow.note(chunks.extents[1], old)
+    assert digests.look().digest(chunks.extents[1]) is None
+
+
+@needs_page_watch
+def test_a_digest_of_before_the_watch_began_is_not_taken_in(digests: LiveDigests) -> None:
+    """A reader that began before its chunk was watched cannot vouch for it."""
+    chunks = Chunks(1)
+    read_all(digests, chunks)
+    slow = digests.look()
+    old = chunks.digest(0)
+    slow.note(chunks.extents[0], old)
+    chunks.write(0)
+    now = digests.look()
+    assert digests._runs
+    slow.note(chunks.extents[0], old)
+    assert now.digest(chunks.extents[0]) is None
+
+
+@needs_page_watch
+def test_memory_that_went_and_came_again(digests: LiveDigests) -> None:
+    """Tensors that are freed and made anew, often at the same addresses: what is known is what stands there now."""
+    for step in range(60):
+        chunks = Chunks(8)
+        chunks.memory.fill_(step % 2)
+        read_all(digests, chunks)
+        read_all(digests, chunks)
+        if step % 3 == 0:
+            del chunks
+            gc.collect()
+    assert len(digests._chunks) <= (module._FORGET_AFTER + 1) * 8
+
+
+@needs_page_watch
+def test_what_nobody_asks_about_is_forgotten(digests: LiveDigests) -> None:
+    """Chunks that no look asks about any more are given up after a while."""
+    chunks, others = Chunks(), Chunks(2)
+    look_until_known(digests, chunks)
+    for _ in range(2 * module._FORGET_AFTER):
+        read_all(digests, others)
+    assert {extent for run in digests._runs for extent in (chunk.extent for chunk in run.chunks)} == set(others.extents)
+
+
+@needs_page_watch
+def test_shared_memory_is_never_watched(digests: LiveDigests) -> None:
+    """Other processes may write to it, so it is hashed each time."""
+    chunks = Chunks()
+    chunks.memory.share_memory_()
+    chunks.start = chunks.memory.data_ptr()
+    chunks.extents = [(chunks.start + number * NBYTES, NBYTES) for number in range(NUM_CHUNKS)]
+    for _ in range(8):
+        look = digests.look()
+        assert look.digests(chunks.extents) == [None] * NUM_CHUNKS
+        look.note_all(chunks.extents, [b"same"] * NUM_CHUNKS)
+    assert digests._runs == []
+
+
+class _Blind(PageWatch):
+    """A kernel that sees no write."""
+
+    def written(self, start: int, end: int) -> list[Range]:
+        """Nothing."""
+        return []
+
+
+@needs_page_watch
+def test_a_write_that_the_kernel_did_not_see_is_an_error_and_the_end_of_watching(
+    digests: LiveDigests, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every chunk is hashed from time to time all the same; where that differs, nothing is believed any more."""
+    monkeypatch.setattr(module, "PageWatch", _Blind)
+    chunks = Chunks(1)
+    for _ in range(4):
+        look = digests.look()
+        look.note(chunks.extents[0], chunks.digest(0))
+    chunks.write(0)
+    looks = (digests.look() for _ in range(AUDIT_EVERY))
+    audit = next(look for look in looks if look.digest(chunks.extents[0]) is None)
+    with pytest.raises(SnapshotError, match=r"TORCHSNAPSHOT_WATCH_MEMORY=0"):
+        audit.note(chunks.extents[0], chunks.digest(0))
+    for _ in range(8):
+        assert read_all(digests, chunks) == [0]
+
+
+@needs_page_watch
+def test_somebody_who_writes_meanwhile_is_no_lying_kernel(digests: LiveDigests) -> None:
+    """A chunk that is written between a look and its reading differs from what was known, and that is no error."""
+    chunks = Chunks(2)
+    look_until_known(digests, chunks)
+    look = digests.look()
+    chunks.write(0)
+    look.note(chunks.extents[0], chunks.digest(0))
+    # and what was read before that question, but is noted after it, is not believed
+    look.note(chunks.extents[1], chunks.digest(1))
+    assert digests.look().digest(chunks.extents[0]) is None
+    read_all(digests, chunks)
+
+
+def test_a_system_that_cannot_watch(
+    digests: LiveDigests, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where the kernel refuses, everything is hashed, a debug line says why, and it is not asked again."""
+    calls = []
+
+    def refuse() -> PageWatch:
+        calls.append(1)
+        raise PermissionError("not in this container")
+
+    monkeypatch.setattr(module, "PageWatch", refuse)
+    chunks = Chunks()
+    with caplog.at_level(logging.DEBUG, logger="torchsnapshot"):
+        for _ in range(8):
+            assert read_all(digests, chunks) == list(range(NUM_CHUNKS))
+    assert len(calls) == 1
+    assert "not in this container" in caplog.text
+
+
+@needs_page_watch
+def test_small_chunks_are_not_looked_after(digests: LiveDigests) -> None:
+    """Below a size it is quicker to hash."""
+    memory = torch.zeros(MIN_NBYTES - 1, dtype=torch.uint8)
+    for _ in range(6):
+        look = digests.look()
+        look.note((memory.data_ptr(), memory.nbytes), b"same")
+    assert digests._chunks == {}
+
+
+def _with_accelerator(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+
+
+def _with_unknown_accelerator(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    monkeypatch.setattr(torch, "npu", SimpleNamespace(), raising=False)
+
+
+def _with_network_card(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    (folder / "mlx5_0").mkdir()
+    monkeypatch.setattr(module, "_INFINIBAND", folder)
+    module._has_rdma.cache_clear()
+    monkeypatch.setattr(module._has_rdma, "cache_clear", module._has_rdma.cache_clear, raising=False)
+
+
+@needs_page_watch
+@pytest.mark.parametrize("arrange", [_with_accelerator, _with_unknown_accelerator, _with_network_card])
+def test_devices_that_might_write_unseen(
+    digests: LiveDigests, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arrange: object
+) -> None:
+    """With an accelerator in use, or a card that writes to memory, everything is hashed, unless one asks for it."""
+    assert callable(arrange)
+    try:
+        arrange(monkeypatch, tmp_path)
+        chunks = Chunks()
+        for _ in range(6):
+            assert read_all(digests, chunks) == list(range(NUM_CHUNKS))
+        monkeypatch.setenv("TORCHSNAPSHOT_WATCH_MEMORY", "1")
+        look_until_known(digests, chunks)
+        assert len(read_all(digests, chunks)) < NUM_CHUNKS
+    finally:
+        monkeypatch.undo()
+        module._has_rdma.cache_clear()
+
+
+def test_watching_can_be_turned_off(digests: LiveDigests, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TORCHSNAPSHOT_WATCH_MEMORY=0: everything is hashed each time; another value is refused by name."""
+    monkeypatch.setenv("TORCHSNAPSHOT_WATCH_MEMORY", "0")
+    chunks = Chunks()
+    for _ in range(6):
+        assert read_all(digests, chunks) == list(range(NUM_CHUNKS))
+    monkeypatch.setenv("TORCHSNAPSHOT_WATCH_MEMORY", "maybe")
+    with pytest.raises(ValueError, match="TORCHSNAPSHOT_WATCH_MEMORY='maybe'"):
+        digests.look()
+
+
+@needs_page_watch
+def test_a_fork_begins_anew_and_its_parent_goes_on() -> None:
+    """A child knows nothing, and can watch memory of its own; what it does changes nothing for its parent."""
+    module.live_digests().forget()
+    chunks = Chunks()
+    look_until_known(module.live_digests(), chunks)
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            mine = module.live_digests()
+            hashed = [len(read_all(mine, chunks)) for _ in range(5)]
+            chunks.write(1)
+            hashed.append(len(read_all(mine, chunks)))
+            code = 0 if hashed[:3] == [NUM_CHUNKS] * 3 and hashed[4] < NUM_CHUNKS else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert len(read_all(module.live_digests(), chunks)) < NUM_CHUNKS
+    chunks.write(3)
+    assert 3 in read_all(module.live_digests(), chunks)
+    module.live_digests().forget()
+
+
+class Watching(RuleBasedStateMachine):
+    """Memory that is written, freed, and read by takes that overlap, in any order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.digests = LiveDigests()
+        self.chunks = Chunks()
+        self.late: list[tuple[Look, Extent, bytes]] = []
+
+    @initialize(still=st.booleans())
+    def begin(self, still: bool) -> None:
+        """With memory that is watched already, or new."""
+        if still:
+            look_until_known(self.digests, self.chunks)
+
+    @rule(number=st.integers(0, NUM_CHUNKS - 1), offset=st.integers(0, NBYTES - 1))
+    def write(self, number: int, offset: int) -> None:
+        """Anybody writes anywhere."""
+        self.chunks.write(number, offset)
+
+    @rule(number=st.integers(0, NUM_CHUNKS - 1))
+    def write_all(self, number: int) -> None:
+        """A whole chunk."""
+        self.chunks.memory[100 + number * NBYTES : 100 + (number + 1) * NBYTES] += 1
+
+    @rule()
+    def look(self) -> None:
+        """A take."""
+        read_all(self.digests, self.chunks)
+
+    @rule()
+    def take_often(self) -> None:
+        """Some takes without a write between them."""
+        for _ in range(3):
+            read_all(self.digests, self.chunks)
+
+    @rule(number=st.integers(0, NUM_CHUNKS - 1))
+    def read_now_note_later(self, number: int) -> None:
+        """A take in the background: what it has copied is hashed at some time."""
+        look = self.digests.look()
+        self.late.append((look, self.chunks.extents[number], self.chunks.digest(number)))
+
+    @precondition(lambda self: self.late)
+    @rule(index=st.integers(0, 100))
+    def note(self, index: int) -> None:
+        """It has come to it."""
+        look, extent, digest = self.late.pop(index % len(self.late))
+        look.note(extent, digest)
+
+    @rule()
+    def allocate_anew(self) -> None:
+        """Other memory, maybe where the old one was."""
+        content = self.chunks.memory.clone()
+        self.late.clear()
+        self.chunks = Chunks()
+        self.chunks.memory.copy_(content)
+
+    @invariant()
+    def nothing_known_is_wrong(self) -> None:
+        """A look never says anything but what stands there."""
+        known = self.digests.look().digests(self.chunks.extents)
+        for number, digest in enumerate(known):
+            assert digest in (None, self.chunks.digest(number))
+
+    def teardown(self) -> None:
+        """Let go of the memory."""
+        self.digests.forget()
+
+
+TestWatching = needs_page_watch(Watching.TestCase)
+TestWatching.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+@needs_page_watch
+def test_many_looks_at_random(digests: LiveDigests) -> None:
+    """Over hundreds of looks, with writes of all sizes between them, nothing that is known is wrong."""
+    chunks, chance = Chunks(16), random.Random(0)
+    num_known = 0
+    for _ in range(400):
+        num_known += 16 - len(read_all(digests, chunks))
+        if chance.random() < 0.3:
+            start = chance.randrange(chunks.memory.numel())
+            chunks.memory[start : start + chance.choice((1, 5000, NBYTES))] += 1
+    assert num_known > 1000

@@ -1,0 +1,386 @@
+"""Digests of live memory that need no second pass over it, as the kernel says that nobody has written there since.
+
+What lives here: which chunks of memory are watched, what is known of their content, and when that counts. What
+doesn't: how the kernel is asked (``page_watch``), what a digest is compared with (``taking``, ``reading``).
+
+A chunk that was found unchanged where it lies is watched from the next look on; its digest is then computed once more,
+and holds until a write is seen. Watching costs the first write to each page about a microsecond, some five times what
+hashing the page would: so what is written again is watched no longer, and has to lie still for longer each time before
+it is watched again. What changes in every step is never watched, and costs nothing.
+
+Why that is exact. ``look`` asks the kernel, which in one step tells which pages were written since the last look, and
+begins to watch them anew. Digests of chunks with such pages are dropped. A digest is taken in (``note``) only from
+bytes that were read after the look, and only if no later look has found the chunk written: so a write that came before
+the bytes were read is in the digest, and one that came after shows at the next look. Nothing here knows a tensor, a
+storage or a version counter: what is said is "these addresses hold these bytes", whoever uses them now.
+
+What the kernel cannot see is a device that writes into memory which it was given earlier: memory pinned for an
+accelerator, or registered with a network card. Where a process uses an accelerator, or the machine has RDMA, nothing is
+watched unless ``TORCHSNAPSHOT_WATCH_MEMORY=1`` says that no tensor lies in such memory. And against what nobody has
+thought of, each look lets one in ``AUDIT_EVERY`` watched chunks be hashed all the same: a digest that differs, though
+the kernel has seen no write, is an error that ends the take and the watching.
+
+Invariants: memory is asked about only after a look that came when it was there already; a fork begins anew.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+import os
+import sys
+import threading
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+from torchsnapshot import knobs
+from torchsnapshot.engine.page_watch import PageWatch, Range, pages_of
+from torchsnapshot.errors import SnapshotError
+
+logger = logging.getLogger(__name__)
+
+MIN_NBYTES = 128 << 10
+"""Smaller chunks are hashed in less time than it takes to look after them."""
+
+AUDIT_EVERY = 32
+"""One in so many chunks that nobody has written is hashed all the same."""
+
+_CREDIT = 4
+_MAX_CREDIT = 16
+_MAX_STILL = 64
+"""A watched chunk begins with the credit, gains one by each look that finds it unwritten, and loses as much as it began
+with by each that does not: below zero it is given up. So what is written less than once in five looks stays watched.
+After that it must be found unchanged once, twice, … up to so many times in a row before it is watched again."""
+
+_FORGET_AFTER = 32
+"""So many looks after somebody has last asked about a chunk, it is given up."""
+
+_INFINIBAND = Path("/sys/class/infiniband")
+_ACCELERATORS = ("cuda", "xpu", "mtia", "hpu", "npu")
+
+Extent = tuple[int, int]
+"""Address and size of a chunk in memory, in bytes."""
+
+
+@dataclass(slots=True, eq=False)
+class _Chunk:
+    """A chunk of memory: a candidate, or watched.
+
+    ``digest`` is that of a candidate when it was last read (``noted_at``), and that of a watched one for as long as it
+    is known to hold. ``written_at`` is the last look that found it written, or that began to watch it; ``still`` counts
+    how many looks in a row found a candidate unchanged, of ``patience`` that are wanted.
+    """
+
+    extent: Extent
+    number: int
+    digest: bytes | None
+    noted_at: int
+    asked_at: int
+    is_watched: bool = False
+    written_at: int = 0
+    credit: int = 0
+    still: int = 0
+    patience: int = 1
+
+    @property
+    def pages(self) -> Range:
+        """The pages that hold it, or a part of it."""
+        address, nbytes = self.extent
+        return pages_of(address, address + nbytes)
+
+    def begin(self, look: int) -> None:
+        """It is watched from this look on."""
+        self.is_watched, self.digest, self.written_at, self.credit, self.still = True, None, look, _CREDIT, 0
+
+    def lose(self, look: int) -> None:
+        """A look has found it written."""
+        if self.written_at < look:
+            self.credit = min(_MAX_CREDIT, self.credit + look - self.written_at - 1) - _CREDIT
+        self.digest, self.written_at = None, look
+        if self.credit < 0:
+            self.is_watched, self.patience = False, min(2 * self.patience, _MAX_STILL)
+
+    def note_candidate(self, digest: bytes, look: int) -> None:
+        """Somebody has read a chunk that is not watched."""
+        if self.noted_at != look:
+            self.still = self.still + 1 if self.digest == digest else 0
+        elif self.digest != digest:
+            self.still = 0
+        self.digest, self.noted_at = digest, look
+
+
+@dataclass(slots=True, eq=False)
+class _Run:
+    """Watched chunks whose pages follow one another: one question to the kernel."""
+
+    start: int
+    end: int
+    chunks: list[_Chunk] = field(default_factory=list)
+
+    def touched(self, written: Sequence[Range]) -> Iterator[_Chunk]:
+        """The chunks of which a part was written."""
+        starts = [start for start, _ in written]
+        for chunk in self.chunks:
+            address, nbytes = chunk.extent
+            last = bisect_left(starts, address + nbytes) - 1
+            if last >= 0 and written[last][1] > address:
+                yield chunk
+
+
+class Look:
+    """What is known of live memory at one moment; by default, nothing. Any thread may use it. See ``LiveDigests.look``.
+
+    ``spared_nbytes``: how much was not hashed thanks to it.
+    """
+
+    def __init__(self, digests: LiveDigests | None = None, number: int = 0) -> None:
+        self._digests = digests
+        self._number = number
+        self._lock = threading.Lock()
+        self.spared_nbytes = 0
+
+    def digest(self, extent: Extent | None) -> bytes | None:
+        """The digest of one chunk; see ``digests``. None of what has none."""
+        return None if extent is None else self.digests((extent,))[0]
+
+    def digests(self, extents: Sequence[Extent]) -> Sequence[bytes | None]:
+        """The digests of chunks that nobody has written since they were computed; None for all others.
+
+        Args:
+            extents: of memory that was there already at the look, and is still there.
+        """
+        if self._digests is None:
+            return [None] * len(extents)
+        return self._digests._known(extents, self._number)
+
+    def note(self, extent: Extent | None, digest: bytes) -> None:
+        """Take in the digest of one chunk; see ``note_all``. Of what has no extent, nothing is known later."""
+        if extent is not None:
+            self.note_all((extent,), (digest,))
+
+    def note_all(self, extents: Sequence[Extent], digests: Sequence[bytes]) -> None:
+        """Take in digests of bytes that were read after the look.
+
+        Args:
+            extents: where they lie.
+            digests: theirs.
+
+        Raises:
+            SnapshotError: memory has changed though the kernel has seen no write. Nothing is watched from now on.
+        """
+        if self._digests is not None:
+            self._digests._note(extents, digests, self._number)
+
+    def spare(self, nbytes: int) -> None:
+        """Count bytes that were not hashed, as their digest was known."""
+        with self._lock:
+            self.spared_nbytes += nbytes
+
+
+class LiveDigests:
+    """What a process knows of its memory. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._watch: PageWatch | None = None
+        self._is_unavailable = False
+        self._looks = 0
+        self._chunks: dict[Extent, _Chunk] = {}
+        self._runs: list[_Run] = []
+
+    def look(self) -> Look:
+        """Find out what was written since the last look: the beginning of a take or a restore.
+
+        Until the caller has read it, no other thread should write to what it is going to ask about.
+        """
+        if self._is_unavailable or not _may_watch():
+            return Look()
+        with self._lock:
+            self._looks += 1
+            if self._looks % _FORGET_AFTER == 0:
+                self._forget_unasked()
+            self._watch_candidates()
+            self._ask(self._runs)
+            return Look(self, self._looks)
+
+    def forget(self) -> None:
+        """Watch nothing any more, as a new process would begin."""
+        with self._lock:
+            self._drop_all()
+            self._is_unavailable = False
+
+    def forget_parent(self) -> None:
+        """In a fork: let go of what belongs to the parent. Its threads are not here, and neither is who holds locks."""
+        if self._watch is not None:
+            self._watch.close()
+
+    # ------------------------------------------------------------------ what is said of memory
+
+    def _known(self, extents: Iterable[Extent], look: int) -> list[bytes | None]:
+        found: list[bytes | None] = []
+        for chunk in map(self._chunks.get, extents):
+            digest = None
+            if chunk is not None:
+                chunk.asked_at = look
+                if chunk.is_watched and (chunk.number + look) % AUDIT_EVERY:
+                    digest = chunk.digest
+            found.append(digest)
+        return found
+
+    def _note(self, extents: Sequence[Extent], digests: Sequence[bytes], look: int) -> None:
+        with self._lock:
+            for extent, digest in zip(extents, digests, strict=True):
+                if extent[1] < MIN_NBYTES:
+                    continue
+                chunk = self._chunks.get(extent)
+                if chunk is None:
+                    # numbers follow one another as neighbours do, so each look audits chunks all over the state
+                    self._chunks[extent] = _Chunk(extent, len(self._chunks), digest, look, look)
+                elif not chunk.is_watched:
+                    chunk.note_candidate(digest, look)
+                elif chunk.written_at <= look:
+                    if chunk.digest not in (None, digest):
+                        self._check_written(chunk)
+                    else:
+                        chunk.digest = digest
+
+    def _check_written(self, chunk: _Chunk) -> None:
+        """With the lock held: a watched chunk does not hold what it is known to hold.
+
+        Either somebody is writing to it just now, or nothing that the kernel says can be relied on.
+        """
+        # a look of its own: what was read before it and is noted after it may be older than what it finds
+        self._looks += 1
+        self._ask(self._runs)
+        if chunk.digest is None:
+            return
+        self._is_unavailable = True
+        self._drop_all()
+        raise SnapshotError(
+            "memory of the state has changed although the kernel has seen no write to it. Is there a device that "
+            "writes to memory of this process (pinned, or registered with a network card)? Snapshots that this process "
+            "took before may hold older bytes in its place. Nothing was committed now, and everything is hashed from "
+            f"here on: take the snapshot once more, and set {knobs.WATCH_MEMORY}=0 for jobs like this one"
+        )
+
+    # ------------------------------------------------------------------ what is watched; all with the lock held
+
+    def _watch_candidates(self) -> None:
+        """Begin to watch what has lain still."""
+        ready = [chunk for chunk in self._chunks.values() if chunk.still >= chunk.patience]
+        if not ready:
+            return
+        try:
+            if self._watch is None:
+                self._watch = PageWatch()
+            are_watched = self._watch.add([chunk.pages for chunk in ready])
+        except OSError as error:
+            logger.debug("the kernel does not tell which memory was written, so all of it is hashed: %s", error)
+            self._is_unavailable = True
+            self._drop_all()
+            return
+        for chunk, is_watched in zip(ready, are_watched, strict=True):
+            if is_watched:
+                chunk.begin(self._looks)
+            else:
+                chunk.patience = sys.maxsize
+        self._arrange()
+
+    def _arrange(self) -> None:
+        """Gather what is watched into runs."""
+        self._runs = []
+        end = -1
+        for chunk in sorted(filter(_IS_WATCHED, self._chunks.values()), key=_EXTENT):
+            first, behind = chunk.pages
+            if first > end:
+                self._runs.append(_Run(first, behind))
+            run = self._runs[-1]
+            run.end = end = max(behind, run.end)
+            run.chunks.append(chunk)
+
+    def _ask(self, runs: Sequence[_Run]) -> None:
+        """Find out which chunks were written, and watch them anew, unless that does not pay."""
+        watch, given_up = self._watch, False
+        if watch is None:
+            return
+        for run in runs:
+            try:
+                written = watch.written(run.start, run.end)
+            except OSError:
+                self._lose(run)
+                given_up = True
+                continue
+            if written:
+                for chunk in run.touched(written):
+                    chunk.lose(self._looks)
+                    given_up |= not chunk.is_watched
+        if given_up:
+            self._arrange()
+
+    def _lose(self, run: _Run) -> None:
+        """Some memory of a run is not what it was; what an answer would have said of the rest is lost with it."""
+        assert self._watch is not None
+        for chunk in run.chunks:
+            chunk.digest, chunk.written_at = None, self._looks
+            try:
+                self._watch.written(*chunk.pages)
+            except OSError:
+                del self._chunks[chunk.extent]
+
+    def _forget_unasked(self) -> None:
+        since = self._looks - _FORGET_AFTER
+        self._chunks = {extent: chunk for extent, chunk in self._chunks.items() if chunk.asked_at >= since}
+        self._arrange()
+
+    def _drop_all(self) -> None:
+        if self._watch is not None:
+            self._watch.close()
+        self._watch = None
+        self._chunks, self._runs = {}, []
+
+
+_IS_WATCHED = operator.attrgetter("is_watched")
+_EXTENT = operator.attrgetter("extent")
+
+
+def _may_watch() -> bool:
+    """Whether all that writes to memory of this process is seen by the kernel."""
+    wanted = knobs.watches_memory()
+    return not (_has_rdma() or _uses_accelerator()) if wanted is None else wanted
+
+
+@cache
+def _has_rdma() -> bool:
+    return _INFINIBAND.is_dir() and any(_INFINIBAND.iterdir())
+
+
+def _uses_accelerator() -> bool:
+    """Whether a device of one of torch's kinds may have been given memory; without an import of torch's."""
+    torch = sys.modules.get("torch")
+    for name in _ACCELERATORS:
+        backend = getattr(torch, name, None)
+        is_initialized = getattr(backend, "is_initialized", None)
+        if backend is not None and (is_initialized is None or is_initialized()):
+            return True
+    return False
+
+
+_live_digests = LiveDigests()
+
+
+def live_digests() -> LiveDigests:
+    """What this process knows."""
+    return _live_digests
+
+
+def _forget_parent() -> None:
+    global _live_digests
+    _live_digests.forget_parent()
+    _live_digests = LiveDigests()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_parent)
