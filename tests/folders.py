@@ -15,9 +15,9 @@ from torchsnapshot.chunks import bases
 from torchsnapshot.chunks.codecs import decode_into
 from torchsnapshot.chunks.encoded import read_header
 from torchsnapshot.engine import meter
-from torchsnapshot.engine.live_digests import live_digests
 from torchsnapshot.format.entries import Entry, StoredManifest, spans_of
 from torchsnapshot.reading.opening import open_snapshot
+from torchsnapshot.state.live_digests import live_digests
 from torchsnapshot.store import known
 from torchsnapshot.store.envelope import ChunkRef
 from torchsnapshot.store.keys import parse_blob_key

@@ -10,10 +10,10 @@ import pytest
 from torchsnapshot.chunks.reader import ChunkReader, digest_of
 from torchsnapshot.engine.buffers import Buffer, BufferPool
 from torchsnapshot.engine.job import Job
-from torchsnapshot.engine.live_digests import Look
 from torchsnapshot.errors import CorruptionError
 from torchsnapshot.geometry.grid import Box, Piece
 from torchsnapshot.reading.read_jobs import Counters, Looking, Share, Sink, Wanted, read_jobs
+from torchsnapshot.state.live_digests import Look
 from torchsnapshot.stats import Stats
 from torchsnapshot.store.envelope import ChunkRef
 

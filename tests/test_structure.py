@@ -22,11 +22,12 @@ from state_strategies import states, stepped
 
 from torchsnapshot import Snapshot, StateDict, knobs
 from torchsnapshot.chunks.reader import digest_of
-from torchsnapshot.engine.live_digests import Extent, Look
 from torchsnapshot.format.entries import pack_entries
 from torchsnapshot.state.app_state import check_app_state
 from torchsnapshot.state.flatten import flatten
+from torchsnapshot.state.live_digests import Look
 from torchsnapshot.state.skeleton import Skeleton
+from torchsnapshot.state.watched_chunks import Extent
 from torchsnapshot.store.envelope import ChunkRef
 from torchsnapshot.store.keys import new_id
 from torchsnapshot.store.leases import TakeSession

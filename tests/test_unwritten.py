@@ -6,7 +6,7 @@ How the kernel is asked, and what is concluded, is tested in ``test_page_watch``
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,12 @@ from memory_watch import needs_page_watch
 from torch import nn
 
 from torchsnapshot import Snapshot, StateDict, knobs
-from torchsnapshot.chunks import reader
-from torchsnapshot.engine import live_digests as module
-from torchsnapshot.engine.live_digests import live_digests
 from torchsnapshot.engine.page_watch import PageWatch, Range
-from torchsnapshot.errors import MissingBlobError, SnapshotError
+from torchsnapshot.errors import SnapshotError
 from torchsnapshot.format.entries import ContainerEntry, spans_of
+from torchsnapshot.state import live_digests as module
+from torchsnapshot.state.live_digests import Look, live_digests
+from torchsnapshot.state.watched_chunks import Extent
 
 pytestmark = needs_page_watch
 
@@ -82,11 +82,10 @@ def test_what_nobody_writes_is_hashed_no_more(root: Path, take_it: Callable[[Pat
     state = {"s": StateDict(a=torch.randn(8 * NUMEL), b=torch.randn(3 * NUMEL), n=1)}
     hashed = [take_it(root / f"step_{step}", state) for step in range(5)]
     assert hashed[:3] == [11 * CHUNK_NBYTES] * 3
-    # neighbours of the state in its first and last pages may have been written
-    assert max(hashed[3:]) <= 4 * CHUNK_NBYTES
+    assert hashed[3:] == [0, 0]
     state["s"]["b"][NUMEL + 1000] = 5.0
     hashed.append(take_it(root / "changed", state))
-    assert CHUNK_NBYTES <= hashed[-1] <= 5 * CHUNK_NBYTES
+    assert hashed[-1] == CHUNK_NBYTES
     target = {"s": StateDict(a=torch.zeros(8 * NUMEL), b=torch.zeros(3 * NUMEL), n=0)}
     Snapshot(str(root / "changed")).restore(target)
     assert torch.equal(target["s"]["a"], state["s"]["a"])
@@ -186,7 +185,7 @@ def test_a_blob_that_is_gone_is_written_again(root: Path) -> None:
     target = {"s": StateDict(a=torch.zeros(4 * NUMEL))}
     Snapshot(str(root / "after")).restore(target)
     assert torch.equal(target["s"]["a"], state["s"]["a"])
-    with pytest.raises(MissingBlobError):
+    with pytest.raises(SnapshotError, match="is not in"):
         Snapshot(str(root / "step_3")).restore({"s": StateDict(a=torch.zeros(4 * NUMEL))})
 
 
@@ -201,17 +200,20 @@ def test_a_restore_reads_only_what_differs_and_hashes_nothing_else(root: Path, m
         take(root / f"step_{step}", state)
     a = state["s"]["a"].clone()
     hashed: list[int] = []
-    digest_of = reader.digest_of
-    monkeypatch.setattr(
-        "torchsnapshot.reading.read_jobs.digest_of", lambda data: hashed.append(len(data)) or digest_of(data)
-    )
+    hash_all = Look.hash_all
+
+    def counted(look: Look, extents: Sequence[Extent], buffers: Sequence[Any]) -> list[bytes]:
+        hashed.extend(nbytes for _, nbytes in extents)
+        return hash_all(look, extents, buffers)
+
+    monkeypatch.setattr(Look, "hash_all", counted)
     for step in (3, 5, 0):
         hashed.clear()
         snapshot = Snapshot(str(root / f"step_{step}"))
         snapshot.restore(state)
         assert torch.equal(state["s"]["b"], want[step])
         assert torch.equal(state["s"]["a"], a)
-        assert sum(hashed) <= 5 * CHUNK_NBYTES
+        assert sum(hashed) == CHUNK_NBYTES
     take(root / "back", state)
     assert digests(root / "back") == digests(root / "step_0")
 
@@ -293,4 +295,6 @@ def test_ranks_hash_no_more_what_nobody_writes(root: Path) -> None:
     for outcome in succeed(launch(2, ranks_take, args=[str(root)], environment=options)):
         hashed = outcome.result()
         assert hashed[0] == 16 * CHUNK_NBYTES
-        assert max(hashed[4:]) <= 7 * CHUNK_NBYTES < min(hashed[:3])
+        # and sometimes a chunk that is hashed only to check on the kernel
+        assert hashed[4] in (0, CHUNK_NBYTES)
+        assert hashed[5] in (CHUNK_NBYTES, 2 * CHUNK_NBYTES)

@@ -257,7 +257,7 @@ def is_durable() -> bool:
 
 
 def watches_memory() -> bool | None:
-    """Whether the kernel is asked which memory was written, instead of hashing all of it (``engine.live_digests``).
+    """Whether the kernel is asked which memory was written, instead of hashing all of it (``state.live_digests``).
 
     None where TORCHSNAPSHOT_WATCH_MEMORY is unset: that is up to whether a device might write to memory unseen.
     """

@@ -132,32 +132,37 @@ class PageWatch:
             OSError: some of it is not watched any more. What was written before is then lost to the next call.
         """
         found: list[Range] = []
-        address, _ = self._regions.buffer_info()
         while start < end:
-            question = bytearray(
-                _SCAN.pack(
-                    _SCAN.size,
-                    _PM_SCAN_WP_MATCHING | _PM_SCAN_CHECK_WPASYNC,
-                    start,
-                    end,
-                    0,
-                    address,
-                    _MAX_REGIONS,
-                    0,
-                    0,
-                    _PAGE_IS_WRITTEN,
-                    0,
-                    _PAGE_IS_WRITTEN,
-                )
-            )
-            words = _REGION_WORDS * fcntl.ioctl(self._pagemap, _PAGEMAP_SCAN, question)
+            num_regions, stopped = self._scan(start, end)
+            words = num_regions * _REGION_WORDS
             found += zip(self._regions[0:words:_REGION_WORDS], self._regions[1:words:_REGION_WORDS], strict=True)
             # it stops early where there are more regions than fit
-            stopped = _SCAN.unpack(question)[_WALK_END]
             if not start < stopped <= end:
                 raise OSError(errno.EIO, "PAGEMAP_SCAN gave no sensible answer")
             start = stopped
         return found
+
+    def _scan(self, start: int, end: int) -> tuple[int, int]:
+        """How many written regions were found, and where the kernel has stopped."""
+        address, _ = self._regions.buffer_info()
+        flags, wanted = _PM_SCAN_WP_MATCHING | _PM_SCAN_CHECK_WPASYNC, _PAGE_IS_WRITTEN
+        question = bytearray(
+            _SCAN.pack(
+                _SCAN.size,
+                flags | _PM_SCAN_CHECK_WPASYNC,
+                start,
+                end,
+                0,
+                address,
+                _MAX_REGIONS,
+                0,
+                0,
+                wanted,
+                0,
+                wanted,
+            )
+        )
+        return fcntl.ioctl(self._pagemap, _PAGEMAP_SCAN, question), _SCAN.unpack(question)[_WALK_END]
 
 
 def _userfaultfd(number: int, flags: int) -> int:

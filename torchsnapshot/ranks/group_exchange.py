@@ -23,7 +23,6 @@ from torchsnapshot.coordination.distributed import Group
 from torchsnapshot.coordination.messages import unpack, unsqueeze
 from torchsnapshot.coordination.sessions import Session
 from torchsnapshot.engine.groups import grouped
-from torchsnapshot.engine.live_digests import live_digests
 from torchsnapshot.engine.pipeline import Job
 from torchsnapshot.errors import SnapshotError
 from torchsnapshot.format.entries import ContainerEntry
@@ -36,6 +35,7 @@ from torchsnapshot.ranks.ownership import Content
 from torchsnapshot.ranks.replicas import is_declared
 from torchsnapshot.ranks.sharing import Shares, Sharing
 from torchsnapshot.state.flatten import ShardedLeaf
+from torchsnapshot.state.live_digests import live_digests
 from torchsnapshot.stats import Stats
 from torchsnapshot.store.known import Known
 from torchsnapshot.store.leases import Evidence

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from torchsnapshot.chunks.reader import digest_of
 from torchsnapshot.chunks.writer import ChunkWriter
 from torchsnapshot.engine.buffers import Buffer
-from torchsnapshot.engine.live_digests import Look
 from torchsnapshot.errors import SnapshotError
+from torchsnapshot.state.live_digests import Look
 from torchsnapshot.store.known import Known
 from torchsnapshot.taking.plan import Chunk
 
@@ -52,13 +52,12 @@ class HashJob:
             self._look.spare(chunk.nbytes)
             return digest
         raw = chunk.source.live(chunk.piece.offset, chunk.nbytes)
-        if raw is None:
-            assert buffer is not None
-            raw = buffer.memory(chunk.nbytes)
-            chunk.source.stage(chunk.piece.box, raw)
-        digest = digest_of(raw)
-        self._look.note(extent, digest)
-        return digest
+        if raw is not None:
+            return self._look.hash(extent, raw)
+        assert buffer is not None
+        raw = buffer.memory(chunk.nbytes)
+        chunk.source.stage(chunk.piece.box, raw)
+        return digest_of(raw)
 
     def finish(self, buffer: Buffer | None) -> None:
         """Nothing is left."""

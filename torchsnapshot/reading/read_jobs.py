@@ -16,14 +16,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from torchsnapshot.chunks.reader import ChunkReader, digest_of
+from torchsnapshot.chunks.reader import ChunkReader
 from torchsnapshot.engine.buffers import Buffer
 from torchsnapshot.engine.groups import LOOK_NBYTES, grouped
 from torchsnapshot.engine.job import Job
-from torchsnapshot.engine.live_digests import Extent, Look
 from torchsnapshot.errors import SnapshotError
 from torchsnapshot.geometry.grid import Box, Piece
 from torchsnapshot.pauses import collector_paused
+from torchsnapshot.state.live_digests import Look
+from torchsnapshot.state.watched_chunks import Extent
 from torchsnapshot.stats import Stats
 from torchsnapshot.store.envelope import ChunkRef
 
@@ -90,8 +91,7 @@ class Sink:
             live = self.memory.live(share.offset, ref.nbytes)
             if live is None:
                 return False
-            digest = digest_of(live)
-            look.note(extent, digest)
+            digest = look.hash(extent, live)
         if digest != ref.digest:
             return False
         self.has_held = True

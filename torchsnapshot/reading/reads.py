@@ -14,7 +14,6 @@ from typing import Any
 
 from torchsnapshot import knobs
 from torchsnapshot.chunks.reader import ChunkReader
-from torchsnapshot.engine.live_digests import live_digests
 from torchsnapshot.engine.pipeline import Mode, apart, submit
 from torchsnapshot.errors import CorruptionError, FormatError, PartialRestoreError, SnapshotError
 from torchsnapshot.format.entries import OpaqueEntry, ShardedTensorEntry, StoredManifest, TensorEntry, ValueEntry
@@ -23,6 +22,7 @@ from torchsnapshot.geometry.grid import Box
 from torchsnapshot.reading.read_jobs import Counters, Share, Sink, Wanted, read_jobs
 from torchsnapshot.reading.targets import Target
 from torchsnapshot.state.dtypes import itemsize_of
+from torchsnapshot.state.live_digests import live_digests
 from torchsnapshot.state.resharding import overlaps
 from torchsnapshot.stats import Stats
 from torchsnapshot.store.envelope import ChunkRef

@@ -15,14 +15,13 @@ import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import compress
 from typing import Any
 
 import torch
 
-from torchsnapshot.chunks.reader import digest_of
-from torchsnapshot.engine.live_digests import Extent, Look
 from torchsnapshot.errors import UnsupportedValueError
+from torchsnapshot.state.live_digests import Look
+from torchsnapshot.state.watched_chunks import Extent
 from torchsnapshot.store.envelope import ChunkRef
 from torchsnapshot.store.known import Known
 from torchsnapshot.taking.plan import Chunk, Leaf
@@ -96,16 +95,19 @@ class Expected:
     """What of a plan's settled leaves is still to be looked at.
 
     ``large`` are large chunks. ``groups`` are small ones, as they are packed together; among these are chunks that the
-    plan has made anew, and that are members of the pack in any case.
+    plan has made anew, and that are members of the pack in any case. ``unwritten`` are those, of any size, that nobody
+    has written since the last take: they need no look, if what they hold may be reused.
     """
 
     large: list[ExpectedChunk] = field(default_factory=list)
     groups: list[list[Chunk | ExpectedChunk]] = field(default_factory=list)
+    unwritten: list[ExpectedChunk] = field(default_factory=list)
 
     @property
     def refs(self) -> Iterator[ChunkRef]:
         """Where the bytes that are expected are stored."""
         yield from map(_REF, self.large)
+        yield from map(_REF, self.unwritten)
         for group in self.groups:
             yield from (chunk.ref for chunk in group if isinstance(chunk, ExpectedChunk))
 
@@ -121,8 +123,7 @@ def differing(chunks: Sequence[Chunk | ExpectedChunk], known: Known, look: Look)
     expected = [chunk for chunk in chunks if isinstance(chunk, ExpectedChunk)]
     for leaf in dict.fromkeys(map(_LEAF, expected)):
         leaf.check_memory()
-    digests = list(map(digest_of, map(_BUFFER, expected)))
-    look.note_all(list(map(_EXTENT, expected)), digests)
+    digests = look.hash_all(list(map(_EXTENT, expected)), list(map(_BUFFER, expected)))
     if digests == list(map(_DIGEST, expected)) and known.may_reuse(map(_REF, expected)):
         return [chunk for chunk in chunks if isinstance(chunk, Chunk)]
     digest_by_place = dict(zip(map(id, expected), digests, strict=True))
@@ -135,21 +136,18 @@ def differing(chunks: Sequence[Chunk | ExpectedChunk], known: Known, look: Look)
     return found
 
 
-def written(chunks: Sequence[Chunk], extents: Sequence[Extent], known: Known, look: Look) -> list[bool]:
-    """Whether each of a few settled chunks has to be looked at: all but those that nobody has written since the last
-    take, as far as what they hold may be reused.
+def gone(chunks: Sequence[ExpectedChunk], known: Known, look: Look) -> list[Chunk]:
+    """Of chunks that nobody has written, those that are to be staged all the same: what they hold may not be reused.
+
+    Raises:
+        UnsupportedValueError: the memory of a tensor was freed meanwhile.
     """
-    digests = look.digests(extents)
-    if not any(digests):
-        return [True] * len(chunks)
-    is_left = [digest is None or digest != chunk.previous for chunk, digest in zip(chunks, digests, strict=True)]
-    unwritten = list(compress(chunks, map(operator.not_, is_left)))
-    refs = [chunk.ref for chunk in unwritten if chunk.ref is not None]
-    known.look_for(refs)
-    if not known.may_reuse(refs):
-        return [True] * len(chunks)
-    look.spare(sum(chunk.nbytes for chunk in unwritten))
-    return is_left
+    if known.may_reuse(map(_REF, chunks)):
+        look.spare(sum(map(_NBYTES, chunks)))
+        return []
+    for leaf in dict.fromkeys(map(_LEAF, chunks)):
+        leaf.check_memory()
+    return [chunk.leaf.renewed(chunk.index) for chunk in chunks if not known.may_reuse((chunk.ref,))]
 
 
 _EXTENT = operator.attrgetter("extent")
@@ -157,3 +155,4 @@ _LEAF = operator.attrgetter("leaf")
 _BUFFER = operator.attrgetter("buffer")
 _REF = operator.attrgetter("ref")
 _DIGEST = operator.attrgetter("ref.digest")
+_NBYTES = operator.attrgetter("ref.nbytes")

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from torchsnapshot.engine.groups import grouped
-from torchsnapshot.engine.live_digests import Extent
 from torchsnapshot.format.entries import (
     ContainerEntry,
     Entry,
@@ -30,6 +29,7 @@ from torchsnapshot.geometry.grid import Box, Piece
 from torchsnapshot.pauses import collector_paused
 from torchsnapshot.state.flatten import Node, OpaqueLeaf, ShardedLeaf, TensorLeaf, ValueLeaf
 from torchsnapshot.state.host_views import HostView, host_view
+from torchsnapshot.state.watched_chunks import Extent
 from torchsnapshot.store.envelope import ChunkRef, ChunkTable, ChunkTableBuilder
 
 SMALL_CHUNK_NBYTES = 1 << 20

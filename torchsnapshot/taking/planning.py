@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torchsnapshot.engine.live_digests import Look
 from torchsnapshot.state.app_state import PrepareTensor, ask_for_states, flatten_states, log_opaque
 from torchsnapshot.state.flatten import Node
+from torchsnapshot.state.live_digests import Look
 from torchsnapshot.state.skeleton import Reading, Skeleton
 from torchsnapshot.stateful import Stateful
 from torchsnapshot.store.known import Known

@@ -24,19 +24,19 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import compress
+from itertools import count, repeat
 from typing import Any
 
 from torchsnapshot.chunks.reader import digest_of
-from torchsnapshot.engine.live_digests import Look
 from torchsnapshot.format.entries import ContainerEntry
 from torchsnapshot.pauses import collector_paused
 from torchsnapshot.recent import Recent
 from torchsnapshot.state.flatten import Node, OnOpaque
+from torchsnapshot.state.live_digests import Look
 from torchsnapshot.state.skeleton import Reading, Skeleton
 from torchsnapshot.store.envelope import ChunkRef
 from torchsnapshot.store.known import Known
-from torchsnapshot.taking.expected import Expected, ExpectedChunk, ExpectedLeaf, written
+from torchsnapshot.taking.expected import Expected, ExpectedChunk, ExpectedLeaf
 from torchsnapshot.taking.history import place_of
 from torchsnapshot.taking.plan import (
     Chunk,
@@ -60,6 +60,14 @@ class _Settled:
     origin: object
     leaves: list[Leaf]
     samples: list[ChunkRef]
+
+
+@dataclass(frozen=True, slots=True)
+class _Still:
+    """The chunks of a leaf of which the same bytes are expected, and of which of them nobody has written anything."""
+
+    chunks: list[ExpectedChunk]
+    are_unwritten: list[bool]
 
 
 class Structure:
@@ -164,7 +172,7 @@ class Structure:
         if not _take_inline(reading, columns, leaves):
             return None
         changed = _take_hashed(reading, columns, leaves)
-        expected = self._expected(reading, columns, leaves, known, look)
+        expected = self._expected(reading, columns, leaves, look)
         if changed is None or expected is None:
             return None
         numbers = reading.skeleton.numbers
@@ -181,14 +189,13 @@ class Structure:
             # that it differs from what was there needs no other look
             leaves[numbers[column]].chunks[0].changed_last_time = True
         inline_nbytes = columns.inline_nbytes + sum(len(leaves[number].inline or b"") for number in fresh)
-        still = {number: chunks for number, chunks in zip(columns.expected_numbers, expected, strict=True) if chunks}
+        still = {number: each for number, each in zip(columns.expected_numbers, expected, strict=True) if each}
         return self._plan_of(leaves, sorted(fresh), still, inline_nbytes)
 
     def _expected(
-        self, reading: Reading, columns: Columns, leaves: list[Leaf], known: Known, look: Look
-    ) -> list[list[ExpectedChunk] | None] | None:
-        """What of larger tensors is to be looked at, one list of chunks for each; None for those that are likely to
-        have changed. What nobody has written since the last take is in no list.
+        self, reading: Reading, columns: Columns, leaves: list[Leaf], look: Look
+    ) -> list[_Still | None] | None:
+        """The chunks of larger tensors whose bytes are likely to be what the last take stored; None in place of others.
 
         Returns:
             None where their memory cannot be read.
@@ -198,29 +205,28 @@ class Structure:
         if addresses is None:
             return None
         extents = list(zip(addresses, columns.expected_sizes, strict=True))
-        chunks = [chunk for number in columns.expected_numbers for chunk in leaves[number].chunks]
-        is_left = written(chunks, extents, known, look)
-        found: list[list[ExpectedChunk] | None] = []
+        digests = look.digests(extents)
+        found: list[_Still | None] = []
         end = 0
         for column, number in zip(columns.expected, columns.expected_numbers, strict=True):
             last = leaves[number]
             begin, end = end, end + len(last.chunks)
-            left = list(compress(range(begin, end), is_left[begin:end]))
-            has_changed = any(chunk.changed_last_time for chunk in last.chunks)
-            if not left and has_changed:
+            are_unwritten = [
+                digest is not None and digest == chunk.previous
+                for digest, chunk in zip(digests[begin:end], last.chunks, strict=True)
+            ]
+            if any(chunk.changed_last_time for chunk in last.chunks):
+                if not all(are_unwritten):
+                    found.append(None)
+                    continue
+                # what has changed last time has not changed this time
                 leaves[number] = last.settled(last.view)
-            if not left or has_changed:
-                found.append(None if left else [])
-                continue
             renew = partial(self._renewed, reading, column, number, last)
             leaf = ExpectedLeaf(leaves, number, reading.memory.storages[column], renew)
-            found.append(
-                [
-                    ExpectedChunk(leaf, index - begin, extents[index], buffers.at(index, addresses[index]), ref)
-                    for index in left
-                    if (ref := chunks[index].ref) is not None
-                ]
-            )
+            mine = map(buffers.at, range(begin, end), addresses[begin:end])
+            refs = [chunk.ref for chunk in last.chunks if chunk.ref is not None]
+            chunks = list(map(ExpectedChunk, repeat(leaf), count(), extents[begin:end], mine, refs))
+            found.append(_Still(chunks, are_unwritten))
         return found
 
     def _renewed(self, reading: Reading, column: int, number: int, last: Leaf) -> Leaf:
@@ -236,7 +242,7 @@ class Structure:
         return template.leaf(last.path, node, place_of(last) if template.pieces else None)
 
     def _plan_of(
-        self, leaves: list[Leaf], fresh: Sequence[int], still: Mapping[int, list[ExpectedChunk]], inline_nbytes: int
+        self, leaves: list[Leaf], fresh: Sequence[int], still: Mapping[int, _Still], inline_nbytes: int
     ) -> tuple[TakePlan, Expected]:
         """The plan of these leaves.
 
@@ -250,11 +256,13 @@ class Structure:
         expected = Expected()
         groups: list[list[Chunk | ExpectedChunk]] = [[] for _ in range(self._num_groups)]
         for number in sorted((*fresh, *still)):
-            pack_of = self._templates[number].groups
-            chunks: Sequence[Chunk | ExpectedChunk] = still.get(number) or leaves[number].chunks
-            for index, chunk in enumerate(chunks):
-                group = pack_of[chunk.index if isinstance(chunk, ExpectedChunk) else index]
-                if group is not None:
+            mine = still.get(number)
+            chunks: Sequence[Chunk | ExpectedChunk] = leaves[number].chunks if mine is None else mine.chunks
+            are_unwritten = repeat(False) if mine is None else mine.are_unwritten
+            for chunk, group, is_unwritten in zip(chunks, self._templates[number].groups, are_unwritten, strict=False):
+                if is_unwritten and isinstance(chunk, ExpectedChunk):
+                    expected.unwritten.append(chunk)
+                elif group is not None:
                     groups[group].append(chunk)
                 elif isinstance(chunk, Chunk):
                     large.append(chunk)

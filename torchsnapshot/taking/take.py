@@ -18,7 +18,6 @@ from torchsnapshot import knobs
 from torchsnapshot.chunks.bases import bases_of
 from torchsnapshot.chunks.reader import BlobStore
 from torchsnapshot.chunks.writer import ChunkWriter, Encoding
-from torchsnapshot.engine.live_digests import Look, live_digests
 from torchsnapshot.engine.meter import meter_of
 from torchsnapshot.engine.pipeline import Run
 from torchsnapshot.engine.staging import get_memory_ready, submit_take, wait_staged, warm_up
@@ -32,6 +31,7 @@ from torchsnapshot.format.entries import (
 )
 from torchsnapshot.reading.opening import Opened
 from torchsnapshot.state.app_state import PrepareTensor
+from torchsnapshot.state.live_digests import Look, live_digests
 from torchsnapshot.state.values import NotPlain, encode
 from torchsnapshot.stateful import Stateful
 from torchsnapshot.stats import Stats
@@ -198,6 +198,8 @@ class Take:
             blobs, encoding = PendingBlobs(repository), self._options.encoding
             writer = chunk_writer(repository, session.take_id, 0, encoding, in_background=in_background, blobs=blobs)
             jobs, sizes = take_jobs(plan, expected, known, writer, look), buffer_sizes(plan, expected)
+            # with nothing to hash beside it, looking for many blobs is quickest before there are other threads
+            known.look_for([chunk.ref for chunk in expected.unwritten])
             refs = list(expected.refs)
             # tensors of which nothing has to be staged live no longer than the look at them
             del expected

@@ -6,7 +6,7 @@ take's steps (``take``), what is cut how (``plan``), how bytes are stored, and t
 
 Invariant: the digest that names a blob is computed over the very buffer that is encoded and put: copy, digest of the
 copy, put. A digest of live memory only answers "is this what the last take stored here?", and so does one that is known
-from before where nobody has written since (``engine.live_digests``); where it isn't, the bytes are copied and the copy
+from before where nobody has written since (``state.live_digests``); where it isn't, the bytes are copied and the copy
 is hashed. So a tensor that another thread changes meanwhile cannot poison the store.
 """
 
@@ -18,12 +18,13 @@ from torchsnapshot.chunks.reader import digest_of
 from torchsnapshot.chunks.writer import ChunkWriter
 from torchsnapshot.engine.buffers import Buffer
 from torchsnapshot.engine.groups import LOOK_NBYTES, grouped
-from torchsnapshot.engine.live_digests import Extent, Look
 from torchsnapshot.engine.pipeline import Job
+from torchsnapshot.state.live_digests import Look
+from torchsnapshot.state.watched_chunks import Extent
 from torchsnapshot.store.envelope import ChunkRef
 from torchsnapshot.store.known import Known
-from torchsnapshot.taking.expected import Expected, ExpectedChunk, differing
-from torchsnapshot.taking.plan import Chunk, TakePlan
+from torchsnapshot.taking.expected import Expected, ExpectedChunk, differing, gone
+from torchsnapshot.taking.plan import GROUP_NBYTES, Chunk, TakePlan
 
 NUM_AHEAD = 16
 """How many large chunks are staged before small ones: enough to keep a store busy meanwhile."""
@@ -39,8 +40,7 @@ def _holds_still(chunk: Chunk, extent: Extent | None, known: Known, look: Look) 
         live = None if chunk.changed_last_time else chunk.source.live(chunk.piece.offset, chunk.nbytes)
         if live is None:
             return False
-        digest = digest_of(live)
-        look.note(extent, digest)
+        digest = look.hash(extent, live)
     if digest == chunk.previous:
         chunk.ref = known.lookup(digest, chunk.nbytes)
     if chunk.ref is not None and is_unwritten:
@@ -74,7 +74,7 @@ class ChunkJob:
         assert buffer is not None
         raw = buffer.memory(self.nbytes)
         digest = digest_of(raw)
-        self._look.note(self._extent, digest)
+        self._look.note(self._extent, digest, raw)
         ref = self._known.lookup(digest, self.nbytes)
         self._chunk.ref = ref or self._put(raw, digest)
 
@@ -119,7 +119,7 @@ class GroupJob:
         for chunk, extent, offset in self._staged:
             raw = memory[offset : offset + chunk.nbytes]
             digest = digest_of(raw)
-            self._look.note(extent, digest)
+            self._look.note(extent, digest, raw)
             chunk.ref = self._known.lookup(digest, chunk.nbytes)
             if chunk.ref is None:
                 new.append((chunk, (digest, raw, chunk.width)))
@@ -161,6 +161,38 @@ class LookJob:
         """Nothing is left."""
 
 
+class ReuseJob:
+    """Sees to it that chunks which nobody has written are stored still; those that are not become jobs of their own.
+
+    Args:
+        chunks: unwritten.
+        known: what the take may reuse.
+        look: what is known of memory.
+        jobs_of: the jobs for those that may not be reused.
+    """
+
+    nbytes = 0
+
+    def __init__(
+        self,
+        chunks: Sequence[ExpectedChunk],
+        known: Known,
+        look: Look,
+        jobs_of: Callable[[Sequence[Chunk]], Sequence[Job]],
+    ) -> None:
+        self._chunks = chunks
+        self._known = known
+        self._look = look
+        self._jobs_of = jobs_of
+
+    def stage(self, buffer: Buffer | None) -> Sequence[Job]:
+        """Ask about all of them."""
+        return self._jobs_of(gone(self._chunks, self._known, self._look))
+
+    def finish(self, buffer: Buffer | None) -> None:
+        """Nothing is left."""
+
+
 def take_jobs(plan: TakePlan, expected: Expected, known: Known, writer: ChunkWriter, look: Look) -> list[Job]:
     """The jobs of a take, in the order in which they should be staged."""
 
@@ -170,17 +202,24 @@ def take_jobs(plan: TakePlan, expected: Expected, known: Known, writer: ChunkWri
     def together(group: Sequence[Chunk]) -> list[Job]:
         return [GroupJob(group, known, writer, look)] if group else []
 
+    def again(chunks: Sequence[Chunk]) -> list[Job]:
+        small = [chunk for chunk in chunks if chunk.nbytes < plan.small_nbytes]
+        large = [chunk for chunk in chunks if chunk.nbytes >= plan.small_nbytes]
+        return [*one_by_one(large), *(job for group in grouped(small, GROUP_NBYTES) for job in together(group))]
+
     groups = [job for group in plan.groups for job in together(group)]
     groups += [LookJob(group, known, look, together) for group in expected.groups]
     # what changed last time has to be written, most likely: the sooner that begins, the more work it overlaps with
     large = one_by_one(sorted(plan.large, key=lambda chunk: not chunk.changed_last_time))
     large += [LookJob(chunks, known, look, one_by_one) for chunks in grouped(expected.large, LOOK_NBYTES)]
+    if expected.unwritten:
+        large.append(ReuseJob(expected.unwritten, known, look, again))
     # the many chunks of a group take the cores some time, for which the store should have something to do
     return [*large[:NUM_AHEAD], *groups, *large[NUM_AHEAD:]]
 
 
 def buffer_sizes(plan: TakePlan, expected: Expected) -> list[int]:
     """The bytes of every buffer that the jobs of a take need if everything has changed."""
-    large: list[Chunk | ExpectedChunk] = [*plan.large, *expected.large]
+    large: list[Chunk | ExpectedChunk] = [*plan.large, *expected.large, *expected.unwritten]
     groups: list[Sequence[Chunk | ExpectedChunk]] = [*plan.groups, *expected.groups]
     return [chunk.nbytes for chunk in large] + [sum(chunk.nbytes for chunk in group) for group in groups]

@@ -1,7 +1,8 @@
 """Digests of live memory that need no second pass over it, as the kernel says that nobody has written there since.
 
-What lives here: which chunks of memory are watched, what is known of their content, and when that counts. What
-doesn't: how the kernel is asked (``page_watch``), what a digest is compared with (``taking``, ``reading``).
+What lives here: which chunks of memory are watched, and when what is known of their content counts. What doesn't: what
+is kept of a chunk (``watched_chunks``), how the kernel is asked (``page_watch``), what a digest is compared with
+(``taking``, ``reading``).
 
 A chunk that was found unchanged where it lies is watched from the next look on; its digest is then computed once more,
 and holds until a write is seen. Watching costs the first write to each page about a microsecond, some five times what
@@ -9,10 +10,11 @@ hashing the page would: so what is written again is watched no longer, and has t
 it is watched again. What changes in every step is never watched, and costs nothing.
 
 Why that is exact. ``look`` asks the kernel, which in one step tells which pages were written since the last look, and
-begins to watch them anew. Digests of chunks with such pages are dropped. A digest is taken in (``note``) only from
-bytes that were read after the look, and only if no later look has found the chunk written: so a write that came before
-the bytes were read is in the digest, and one that came after shows at the next look. Nothing here knows a tensor, a
-storage or a version counter: what is said is "these addresses hold these bytes", whoever uses them now.
+begins to watch them anew. Digests of chunks with such pages are dropped. A digest is taken in only from bytes that were
+read after the look, and only if no later look has found the chunk written: so a write that came before the bytes were
+read is in the digest, and one that came after shows at the next look. At its edges a chunk shares pages with other
+things; of these the very bytes that were hashed are kept beside the digest, and compared. Nothing here knows a tensor,
+a storage or a version counter: what is said is "these addresses hold these bytes", whoever uses them now.
 
 What the kernel cannot see is a device that writes into memory which it was given earlier: memory pinned for an
 accelerator, or registered with a network card. Where a process uses an accelerator, or the machine has RDMA, nothing is
@@ -30,104 +32,31 @@ import operator
 import os
 import sys
 import threading
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from torchsnapshot import knobs
-from torchsnapshot.engine.page_watch import PageWatch, Range, pages_of
+from torchsnapshot.chunks.reader import digest_of
+from torchsnapshot.engine.page_watch import PageWatch
 from torchsnapshot.errors import SnapshotError
+from torchsnapshot.state.watched_chunks import Edges, Extent, Run, WatchedChunk, runs_of
 
 logger = logging.getLogger(__name__)
 
 MIN_NBYTES = 128 << 10
 """Smaller chunks are hashed in less time than it takes to look after them."""
 
-AUDIT_EVERY = 32
+AUDIT_EVERY = 64
 """One in so many chunks that nobody has written is hashed all the same."""
-
-_CREDIT = 4
-_MAX_CREDIT = 16
-_MAX_STILL = 64
-"""A watched chunk begins with the credit, gains one by each look that finds it unwritten, and loses as much as it began
-with by each that does not: below zero it is given up. So what is written less than once in five looks stays watched.
-After that it must be found unchanged once, twice, … up to so many times in a row before it is watched again."""
 
 _FORGET_AFTER = 32
 """So many looks after somebody has last asked about a chunk, it is given up."""
 
 _INFINIBAND = Path("/sys/class/infiniband")
 _ACCELERATORS = ("cuda", "xpu", "mtia", "hpu", "npu")
-
-Extent = tuple[int, int]
-"""Address and size of a chunk in memory, in bytes."""
-
-
-@dataclass(slots=True, eq=False)
-class _Chunk:
-    """A chunk of memory: a candidate, or watched.
-
-    ``digest`` is that of a candidate when it was last read (``noted_at``), and that of a watched one for as long as it
-    is known to hold. ``written_at`` is the last look that found it written, or that began to watch it; ``still`` counts
-    how many looks in a row found a candidate unchanged, of ``patience`` that are wanted.
-    """
-
-    extent: Extent
-    number: int
-    digest: bytes | None
-    noted_at: int
-    asked_at: int
-    is_watched: bool = False
-    written_at: int = 0
-    credit: int = 0
-    still: int = 0
-    patience: int = 1
-
-    @property
-    def pages(self) -> Range:
-        """The pages that hold it, or a part of it."""
-        address, nbytes = self.extent
-        return pages_of(address, address + nbytes)
-
-    def begin(self, look: int) -> None:
-        """It is watched from this look on."""
-        self.is_watched, self.digest, self.written_at, self.credit, self.still = True, None, look, _CREDIT, 0
-
-    def lose(self, look: int) -> None:
-        """A look has found it written."""
-        if self.written_at < look:
-            self.credit = min(_MAX_CREDIT, self.credit + look - self.written_at - 1) - _CREDIT
-        self.digest, self.written_at = None, look
-        if self.credit < 0:
-            self.is_watched, self.patience = False, min(2 * self.patience, _MAX_STILL)
-
-    def note_candidate(self, digest: bytes, look: int) -> None:
-        """Somebody has read a chunk that is not watched."""
-        if self.noted_at != look:
-            self.still = self.still + 1 if self.digest == digest else 0
-        elif self.digest != digest:
-            self.still = 0
-        self.digest, self.noted_at = digest, look
-
-
-@dataclass(slots=True, eq=False)
-class _Run:
-    """Watched chunks whose pages follow one another: one question to the kernel."""
-
-    start: int
-    end: int
-    chunks: list[_Chunk] = field(default_factory=list)
-
-    def touched(self, written: Sequence[Range]) -> Iterator[_Chunk]:
-        """The chunks of which a part was written."""
-        starts = [start for start, _ in written]
-        for chunk in self.chunks:
-            address, nbytes = chunk.extent
-            last = bisect_left(starts, address + nbytes) - 1
-            if last >= 0 and written[last][1] > address:
-                yield chunk
 
 
 class Look:
@@ -156,23 +85,42 @@ class Look:
             return [None] * len(extents)
         return self._digests._known(extents, self._number)
 
-    def note(self, extent: Extent | None, digest: bytes) -> None:
-        """Take in the digest of one chunk; see ``note_all``. Of what has no extent, nothing is known later."""
-        if extent is not None:
-            self.note_all((extent,), (digest,))
+    def hash(self, extent: Extent | None, memory: memoryview) -> bytes:
+        """The digest of one chunk of live memory, computed now; see ``hash_all``.
 
-    def note_all(self, extents: Sequence[Extent], digests: Sequence[bytes]) -> None:
-        """Take in digests of bytes that were read after the look.
+        Args:
+            extent: where it lies; None: nothing of it is known later.
+            memory: a view of it.
+        """
+        return digest_of(memory) if extent is None else self.hash_all((extent,), (memory,))[0]
+
+    def hash_all(self, extents: Sequence[Extent], buffers: Sequence[Any]) -> list[bytes]:
+        """The digests of chunks of live memory, computed now, and taken in.
 
         Args:
             extents: where they lie.
-            digests: theirs.
+            buffers: views of them.
 
         Raises:
             SnapshotError: memory has changed though the kernel has seen no write. Nothing is watched from now on.
         """
-        if self._digests is not None:
-            self._digests._note(extents, digests, self._number)
+        if self._digests is None:
+            return list(map(digest_of, buffers))
+        return self._digests._hash(extents, buffers, self._number)
+
+    def note(self, extent: Extent | None, digest: bytes, copy: memoryview) -> None:
+        """Take in the digest of a copy that was made of live memory after the look.
+
+        Args:
+            extent: where the chunk lies, or has lain; None: nothing is taken in.
+            digest: the copy's.
+            copy: of all of the chunk.
+
+        Raises:
+            SnapshotError: see ``hash_all``.
+        """
+        if extent is not None and self._digests is not None:
+            self._digests._note(extent, digest, self._number, copy)
 
     def spare(self, nbytes: int) -> None:
         """Count bytes that were not hashed, as their digest was known."""
@@ -188,8 +136,8 @@ class LiveDigests:
         self._watch: PageWatch | None = None
         self._is_unavailable = False
         self._looks = 0
-        self._chunks: dict[Extent, _Chunk] = {}
-        self._runs: list[_Run] = []
+        self._chunks: dict[Extent, WatchedChunk] = {}
+        self._runs: list[Run] = []
 
     def look(self) -> Look:
         """Find out what was written since the last look: the beginning of a take or a restore.
@@ -198,7 +146,7 @@ class LiveDigests:
         """
         if self._is_unavailable or not _may_watch():
             return Look()
-        with self._lock:
+        with self._lock, self._all_or_nothing():
             self._looks += 1
             if self._looks % _FORGET_AFTER == 0:
                 self._forget_unasked()
@@ -226,36 +174,60 @@ class LiveDigests:
             if chunk is not None:
                 chunk.asked_at = look
                 if chunk.is_watched and (chunk.number + look) % AUDIT_EVERY:
-                    digest = chunk.digest
+                    digest = self._settled(chunk) if chunk.is_doubtful else chunk.digest
             found.append(digest)
         return found
 
-    def _note(self, extents: Sequence[Extent], digests: Sequence[bytes], look: int) -> None:
+    def _settled(self, chunk: WatchedChunk) -> bytes | None:
         with self._lock:
-            for extent, digest in zip(extents, digests, strict=True):
-                if extent[1] < MIN_NBYTES:
-                    continue
-                chunk = self._chunks.get(extent)
-                if chunk is None:
-                    # numbers follow one another as neighbours do, so each look audits chunks all over the state
-                    self._chunks[extent] = _Chunk(extent, len(self._chunks), digest, look, look)
-                elif not chunk.is_watched:
-                    chunk.note_candidate(digest, look)
-                elif chunk.written_at <= look:
-                    if chunk.digest not in (None, digest):
-                        self._check_written(chunk)
-                    else:
-                        chunk.digest = digest
+            # another thread may have come first
+            if chunk.is_doubtful and chunk.digest is not None:
+                chunk.settle()
+            return chunk.digest
 
-    def _check_written(self, chunk: _Chunk) -> None:
+    def _hash(self, extents: Sequence[Extent], buffers: Sequence[Any], look: int) -> list[bytes]:
+        digests = []
+        for extent, buffer in zip(extents, buffers, strict=True):
+            if extent[1] < MIN_NBYTES:
+                digests.append(digest_of(buffer))
+                continue
+            chunk = self._chunks.get(extent)
+            edges = None
+            if chunk is None or not chunk.is_watched:
+                digest = digest_of(buffer)
+            else:
+                digest, edges = chunk.hash(memoryview(buffer).cast("B"))
+            digests.append(digest)
+            self._note(extent, digest, look, edges)
+        return digests
+
+    def _note(self, extent: Extent, digest: bytes, look: int, seen: memoryview | Edges | None) -> None:
+        """``seen``: the bytes that were hashed, or what of them are edges; None where the chunk was not watched yet."""
+        with self._lock:
+            chunk = self._chunks.get(extent)
+            if chunk is None:
+                if extent[1] >= MIN_NBYTES:
+                    # numbers follow one another as neighbours do, so each look audits chunks all over the state
+                    self._chunks[extent] = WatchedChunk(extent, len(self._chunks), digest, look, look)
+            elif not chunk.is_watched:
+                chunk.note_candidate(digest, look)
+            elif chunk.written_at <= look and seen is not None:
+                if chunk.digest not in (None, digest) and not chunk.is_doubtful:
+                    self._check_written(chunk)
+                else:
+                    chunk.know(digest, chunk.edges_of(seen) if isinstance(seen, memoryview) else seen)
+
+    def _check_written(self, chunk: WatchedChunk) -> None:
         """With the lock held: a watched chunk does not hold what it is known to hold.
 
         Either somebody is writing to it just now, or nothing that the kernel says can be relied on.
         """
         # a look of its own: what was read before it and is noted after it may be older than what it finds
-        self._looks += 1
-        self._ask(self._runs)
-        if chunk.digest is None:
+        with self._all_or_nothing():
+            self._looks += 1
+            self._ask(self._runs)
+        if chunk.digest is None or chunk.is_doubtful:
+            chunk.digest = None
             return
         self._is_unavailable = True
         self._drop_all()
@@ -291,17 +263,9 @@ class LiveDigests:
 
     def _arrange(self) -> None:
         """Gather what is watched into runs."""
-        self._runs = []
-        end = -1
-        for chunk in sorted(filter(_IS_WATCHED, self._chunks.values()), key=_EXTENT):
-            first, behind = chunk.pages
-            if first > end:
-                self._runs.append(_Run(first, behind))
-            run = self._runs[-1]
-            run.end = end = max(behind, run.end)
-            run.chunks.append(chunk)
+        self._runs = runs_of(sorted(filter(_IS_WATCHED, self._chunks.values()), key=_EXTENT))
 
-    def _ask(self, runs: Sequence[_Run]) -> None:
+    def _ask(self, runs: Sequence[Run]) -> None:
         """Find out which chunks were written, and watch them anew, unless that does not pay."""
         watch, given_up = self._watch, False
         if watch is None:
@@ -314,13 +278,16 @@ class LiveDigests:
                 given_up = True
                 continue
             if written:
-                for chunk in run.touched(written):
-                    chunk.lose(self._looks)
-                    given_up |= not chunk.is_watched
+                for chunk, is_own in run.touched(written):
+                    if is_own:
+                        chunk.lose(self._looks)
+                        given_up |= not chunk.is_watched
+                    else:
+                        chunk.doubt(self._looks)
         if given_up:
             self._arrange()
 
-    def _lose(self, run: _Run) -> None:
+    def _lose(self, run: Run) -> None:
         """Some memory of a run is not what it was; what an answer would have said of the rest is lost with it."""
         assert self._watch is not None
         for chunk in run.chunks:
@@ -336,10 +303,19 @@ class LiveDigests:
         self._arrange()
 
     def _drop_all(self) -> None:
+        self._chunks, self._runs = {}, []
         if self._watch is not None:
             self._watch.close()
         self._watch = None
-        self._chunks, self._runs = {}, []
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """What the kernel has told it does not tell again: if anything (Ctrl-C) comes between, nothing is known."""
+        try:
+            yield
+        except BaseException:
+            self._drop_all()
+            raise
 
 
 _IS_WATCHED = operator.attrgetter("is_watched")
