@@ -9,13 +9,15 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from benchmarks.report import Result, table
+from torchsnapshot import knobs
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ROUNDS = 5
@@ -148,6 +150,19 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+@contextmanager
+def all_hashed() -> Iterator[None]:
+    """The library hashes all memory, as it does where the kernel does not tell what was written."""
+    found = os.environ.get(knobs.WATCH_MEMORY)
+    os.environ[knobs.WATCH_MEMORY] = "0"
+    try:
+        yield
+    finally:
+        del os.environ[knobs.WATCH_MEMORY]
+        if found is not None:
+            os.environ[knobs.WATCH_MEMORY] = found
 
 
 def use_all_cores() -> None:

@@ -87,6 +87,11 @@ def against_limit(what: str, ours: float, factor: float, limit: float, limit_nam
     )
 
 
+def ratio_to_limit(what: str, ours: float, limit: float) -> Line:
+    """A line that only shows how something stands to a limit that another line names. Seconds."""
+    return Line(what, "", f"{readable(ours)} = {ours / limit:.2f} × limit", "", "", SHOWN)
+
+
 def faster_than(what: str, ours: float, factor: float, peers: Mapping[str, float], which: str) -> Line:
     """A line whose target is to be ``factor`` times as fast as the fastest of ``peers``. Seconds."""
     target = f"≥ {factor:g} × faster than {which}" if factor != 1 else f"faster than {which}"

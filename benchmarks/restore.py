@@ -10,6 +10,7 @@ from benchmarks.limits import Limits, pieces_of
 from benchmarks.part import (
     Options,
     Turns,
+    all_hashed,
     drop_cache,
     fill_cache,
     new_folder,
@@ -21,11 +22,14 @@ from benchmarks.part import (
     use_all_cores,
 )
 from benchmarks.peers.client import Peer, peers, remove, usable
-from benchmarks.report import SHOWN, Line, Result, against_limit, faster_than, megabytes, readable
+from benchmarks.report import SHOWN, Line, Result, against_limit, faster_than, megabytes, ratio_to_limit, readable
 from benchmarks.states import FULL, QUICK, State
 from torchsnapshot import Snapshot
 
 PEERS = ["safetensors", "torch.save", "DCP", "old torchsnapshot", "torch_checkpointing"]
+
+WARM_UP = 3
+"""Going back and forth between two steps: what lies still is known by then."""
 
 Encoding = Literal["raw", "auto"]
 
@@ -75,6 +79,11 @@ class Run:
         drop_cache(self.root)
         return self._restore()
 
+    def one_step_back_hashed(self) -> float:
+        """The same, with all memory hashed."""
+        with all_hashed():
+            return self.one_step_back()
+
     def _restore(self, path: Path | None = None, digests: list[bytes] | None = None) -> float:
         snapshot = Snapshot(str(path or self.root / "step_1"))
         seconds = timed(lambda: snapshot.restore(self._state.app_state))
@@ -92,18 +101,22 @@ def measure(options: Options) -> Result:
     limits = Limits(options.folder)
     everything = pieces_of(state.flat().values())
     runs = {encoding: Run(state, limits, options.folder, encoding) for encoding in ("raw", "auto")}
-    turns: Turns = {"digest pass": partial(limits.digest, everything)}
+    turns: Turns = {}
     for encoding, run in runs.items():
         result.facts[f"stored_nbytes_{encoding}"] = run.nbytes
         result.facts[f"block_nbytes_{encoding}"] = run.block_nbytes
         limits.direct_write(run.nbytes, encoding)
         limits.direct_write(run.block_nbytes, f"{encoding}-block")
         turns[f"read, {encoding}"] = partial(limits.read, run.nbytes, encoding)
-        turns[f"read of one block, {encoding}"] = partial(limits.read, run.block_nbytes, f"{encoding}-block")
         turns[f"cold, {encoding}"] = run.cold
         turns[f"warm, {encoding}"] = run.warm
         turns[f"right after a take, {encoding}"] = run.after_take
-        turns[f"one step back, {encoding}"] = run.one_step_back
+    back: Turns = {"digest pass": partial(limits.digest, everything)}
+    for encoding, run in runs.items():
+        back[f"read of one block, {encoding}"] = partial(limits.read, run.block_nbytes, f"{encoding}-block")
+        back[f"one step back, {encoding}"] = run.one_step_back
+        back[f"one step back, all hashed, {encoding}"] = run.one_step_back_hashed
+    take_turns(back, result, options.rounds, warm_up=1 if options.quick else WARM_UP)
     with peers(PEERS, options) as (running, missing):
         saved: dict[str, Path] = {}
         usable(running, missing, lambda peer: _save(peer, options.folder, saved))
@@ -149,6 +162,11 @@ def _lines(result: Result, names: list[str]) -> list[Line]:
                 1.3,
                 median("digest pass") + read_block,
                 f"digest pass + read of {block}",
+            ),
+            ratio_to_limit(
+                f"restore one step back, {encoding}, all hashed",
+                median(f"one step back, all hashed, {encoding}"),
+                median("digest pass") + read_block,
             ),
         ]
         seconds = readable(median(f"right after a take, {encoding}"))

@@ -7,9 +7,29 @@ from pathlib import Path
 from typing import Literal
 
 from benchmarks.limits import Limits, pieces_of
-from benchmarks.part import Options, Turns, new_folder, run_part, settle, take_turns, timed, use_all_cores
+from benchmarks.part import (
+    Options,
+    Turns,
+    all_hashed,
+    new_folder,
+    run_part,
+    settle,
+    take_turns,
+    timed,
+    use_all_cores,
+)
 from benchmarks.peers.client import peers, remove, usable
-from benchmarks.report import SHOWN, Line, Result, against_limit, faster_than, megabytes, readable, verdict
+from benchmarks.report import (
+    SHOWN,
+    Line,
+    Result,
+    against_limit,
+    faster_than,
+    megabytes,
+    ratio_to_limit,
+    readable,
+    verdict,
+)
 from benchmarks.states import FULL, MEGABYTE, QUICK, State
 from torchsnapshot import Snapshot, Stats
 
@@ -44,6 +64,11 @@ class Run:
         self.stored_nbytes[what] = stats.stored_nbytes
         return seconds
 
+    def take_hashed(self, what: str) -> float:
+        """The same, with all memory hashed."""
+        with all_hashed():
+            return self.take(what)
+
     def _take_now(self) -> tuple[float, Stats]:
         self._number += 1
         path = str(self._root / f"step_{self._number}")
@@ -70,7 +95,9 @@ def measure(options: Options) -> Result:
         "digest pass": partial(limits.digest, everything),
         "5 small puts": limits.small_puts,
         "unchanged": partial(raw.take, "nothing"),
+        "unchanged, all hashed": partial(raw.take_hashed, "nothing"),
         "one block": partial(raw.take, "block"),
+        "one block, all hashed": partial(raw.take_hashed, "block"),
         "write of one block, direct": partial(limits.direct_write, block, "block"),
         "write of one block, buffered": partial(limits.buffered_write, block, "block"),
     }
@@ -122,6 +149,12 @@ def _lines(result: Result, names: list[str]) -> list[Line]:
             f"digest pass + durable write of {megabytes(result.facts['block_nbytes'])}",
         ),
         faster_than("take, one block of 8 changed", median("one block"), 5, durable, "the fastest durable peer"),
+    ]
+    lines += [
+        ratio_to_limit(f"{unchanged}, all hashed", median("unchanged, all hashed"), digest + puts),
+        ratio_to_limit(
+            "take, one block of 8 changed, all hashed", median("one block, all hashed"), digest + write_block
+        ),
     ]
     coding = median("coding pass")
     outruns = coding < write

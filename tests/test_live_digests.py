@@ -17,7 +17,7 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from memory_watch import needs_page_watch
+from memory_watch import PRIVATE, map_anew, needs_page_watch
 
 from torchsnapshot.chunks.reader import digest_of
 from torchsnapshot.engine.page_watch import PageWatch, Range
@@ -26,7 +26,6 @@ from torchsnapshot.state import live_digests as module
 from torchsnapshot.state.live_digests import AUDIT_EVERY, MIN_NBYTES, LiveDigests, Look
 from torchsnapshot.state.watched_chunks import Extent
 
-PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 NBYTES = 2 * MIN_NBYTES
 NUM_CHUNKS = 6
 
@@ -239,17 +238,53 @@ def test_a_write_that_the_kernel_did_not_see_is_an_error_and_the_end_of_watching
 
 
 @needs_page_watch
-def test_somebody_who_writes_meanwhile_is_no_lying_kernel(digests: LiveDigests) -> None:
+def test_somebody_who_writes_meanwhile_is_no_lying_kernel(
+    digests: LiveDigests, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A chunk that is written between a look and its reading differs from what was known, and that is no error."""
+    monkeypatch.setattr(module, "AUDIT_EVERY", 1 << 60)
     chunks = Chunks(2)
     look_until_known(digests, chunks)
     look = digests.look()
+    copy = memoryview(bytes(chunks.view(1)))
     chunks.write(0)
+    chunks.write(1)
     look.hash(chunks.extents[0], chunks.view(0))
-    # and what was read before that question, but is noted after it, is not believed
-    look.hash(chunks.extents[1], chunks.view(1))
-    assert digests.look().digest(chunks.extents[0]) is None
+    # what was read before that question, but is noted after it, is not believed
+    look.note(chunks.extents[1], digest_of(copy), copy)
+    assert digests.look().digests(chunks.extents) == [None, None]
     read_all(digests, chunks)
+    assert read_all(digests, chunks) == []
+
+
+@needs_page_watch
+def test_what_is_read_twice_at_one_look_has_not_lain_still(digests: LiveDigests) -> None:
+    """A chunk is watched when two looks have found the same bytes, not when one has read them twice."""
+    chunks = Chunks(1)
+    for _ in range(4):
+        look = digests.look()
+        for _ in range(3):
+            look.hash(chunks.extents[0], chunks.view(0))
+        chunks.write(0)
+    assert digests._watch is None
+
+
+@needs_page_watch
+def test_memory_that_is_mapped_anew_beside_what_was_written(
+    digests: LiveDigests, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a question fails in the middle, what it would have told is not lost: all that it was about is unknown."""
+    monkeypatch.setattr(module, "AUDIT_EVERY", 1 << 60)
+    chunks = Chunks()
+    look_until_known(digests, chunks)
+    assert None not in digests.look().digests(chunks.extents)
+    chunks.write(1)
+    address = chunks.extents[4][0] + NBYTES // 2
+    map_anew(address - address % mmap.PAGESIZE)
+    assert digests.look().digests(chunks.extents) == [None] * NUM_CHUNKS
+    for _ in range(5):
+        read_all(digests, chunks)
+    assert read_all(digests, chunks) == []
 
 
 def test_a_system_that_cannot_watch(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memory_watch import needs_page_watch
+from memory_watch import map_anew, needs_page_watch
 
 from torchsnapshot.engine.page_watch import PAGE_NBYTES, PageWatch, pages_of
 
@@ -202,18 +202,9 @@ def test_memory_that_others_may_write_is_refused(memory: Memory, tmp_path: Path)
     watch.close()
 
 
-def _map_again(memory: Memory) -> None:
-    LIBC.mmap.restype = ctypes.c_void_p
-    fixed = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x10
-    protection = mmap.PROT_READ | mmap.PROT_WRITE
-    where = ctypes.c_void_p(memory.start + PAGE_NBYTES)
-    found = LIBC.mmap(where, ctypes.c_size_t(PAGE_NBYTES), protection, fixed, -1, ctypes.c_long(0))
-    assert found == memory.start + PAGE_NBYTES
-
-
 def test_memory_that_is_mapped_anew_never_counts_as_unwritten(memory: Memory, watch: PageWatch) -> None:
     """Where other memory has come to lie, the question fails: nobody has watched that."""
-    _map_again(memory)
+    map_anew(memory.start + PAGE_NBYTES)
     with pytest.raises(OSError, match="not permitted"):
         watch.written(memory.start, memory.end)
 

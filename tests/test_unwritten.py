@@ -173,6 +173,25 @@ def test_snapshots_are_those_of_takes_that_read_everything(
 
 
 @pytest.mark.usefixtures("no_audit")
+@pytest.mark.parametrize("take_it", [take, take_in_background, take_custom])
+def test_stores_that_know_different_steps(tmp_path: Path, take_it: Callable[[Path, dict[str, Any]], int]) -> None:
+    """What nobody has written since another store's take may be new to this one: then it is stored here."""
+    state = {"s": StateDict(a=torch.randn(8 * NUMEL), b=torch.randn(NUMEL))}
+    for step in range(4):
+        take_it(tmp_path / "one" / f"step_{step}", state)
+    for value in (1.0, 2.0):
+        state["s"]["a"][:NUMEL].fill_(value)
+        for step in range(5):
+            take_it(tmp_path / "other" / f"step_{value}_{step}", state)
+        assert take_it(tmp_path / "one" / f"step_{value}", state) <= CHUNK_NBYTES
+        for name in (f"one/step_{value}", f"other/step_{value}_4"):
+            target = {"s": StateDict(a=torch.zeros(8 * NUMEL), b=torch.zeros(NUMEL))}
+            Snapshot(str(tmp_path / name)).restore(target)
+            assert torch.equal(target["s"]["a"], state["s"]["a"])
+            assert torch.equal(target["s"]["b"], state["s"]["b"])
+
+
+@pytest.mark.usefixtures("no_audit")
 def test_a_blob_that_is_gone_is_written_again(root: Path) -> None:
     """That nobody has written a tensor does not make its blob be there: it is looked for in each take."""
     state = {"s": StateDict(a=torch.randn(4 * NUMEL))}

@@ -383,7 +383,7 @@ class LocalBackend(Backend):
                     pass  # something is in it, or somebody else was faster
 
     def _path(self, key: str) -> str:
-        return os.path.join(self.root, check_key(key))
+        return f"{self.root}/{check_key(key)}"
 
 
 def _is_in_store(key: str) -> bool:

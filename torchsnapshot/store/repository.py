@@ -21,6 +21,7 @@ import logging
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from torchsnapshot.errors import (
     FormatError,
@@ -392,6 +393,7 @@ class Repository:
         return "no gc of the last 30 days deleted it: something else did, or the snapshot was copied without its store"
 
 
+@lru_cache(maxsize=1 << 14)  # a take asks for the blobs of the one before
 def _blob(key: str) -> str:
     if parse_blob_key(key) is None:
         raise ValueError(f"not a blob key: {key!r}")
