@@ -198,8 +198,9 @@ class Take:
             blobs, encoding = PendingBlobs(repository), self._options.encoding
             writer = chunk_writer(repository, session.take_id, 0, encoding, in_background=in_background, blobs=blobs)
             jobs, sizes = take_jobs(plan, expected, known, writer, look), buffer_sizes(plan, expected)
-            # with nothing to hash beside it, looking for many blobs is quickest before there are other threads
-            known.look_for([chunk.ref for chunk in expected.unwritten])
+            if expected.unwritten:
+                # workers have nothing to hash meanwhile; before there are any, looking for many blobs is quickest
+                known.look_for([chunk.ref for chunk in expected.unwritten])
             refs = list(expected.refs)
             # tensors of which nothing has to be staged live no longer than the look at them
             del expected
