@@ -8,6 +8,7 @@ import logging
 import mmap
 import os
 import random
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -384,6 +385,45 @@ def test_a_fork_begins_anew_and_its_parent_goes_on() -> None:
     chunks.write(3)
     assert 3 in read_all(module.live_digests(), chunks)
     module.live_digests().forget()
+
+
+@needs_page_watch
+def test_what_others_write_during_takes_is_seen_by_the_next_one(digests: LiveDigests) -> None:
+    """A thread writes while looks are made and chunks are read: once it rests, nothing that is known is wrong."""
+    chunks, chance = Chunks(8), random.Random(0)
+    may_write, rests, stop = threading.Event(), threading.Event(), threading.Event()
+
+    def write() -> None:
+        while not stop.is_set():
+            if not may_write.is_set():
+                rests.set()
+                may_write.wait(0.01)
+                continue
+            for _ in range(chance.randrange(4)):
+                start = chance.randrange(chunks.memory.numel() // 4)
+                chunks.memory[start : start + chance.choice((1, 100, 9000))] += 1
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    num_known = 0
+    try:
+        for step in range(150):
+            if step % 3 == 0:
+                may_write.set()
+                for _ in range(chance.randrange(1, 5)):
+                    look = digests.look()
+                    numbers = [n for n, known in enumerate(look.digests(chunks.extents)) if known is None]
+                    look.hash_all([chunks.extents[n] for n in numbers], [chunks.view(n) for n in numbers])
+                rests.clear()
+                may_write.clear()
+                assert rests.wait(10)
+                rests.clear()
+                assert rests.wait(10)
+            num_known += 8 - len(read_all(digests, chunks))
+    finally:
+        stop.set()
+        thread.join()
+    assert num_known > 200
 
 
 class Watching(RuleBasedStateMachine):

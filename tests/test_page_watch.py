@@ -169,6 +169,22 @@ def test_exactly_the_pages_that_were_written_are_told(writes: list[list[int]]) -
     watch.close()
 
 
+def test_memory_in_huge_pages() -> None:
+    """The kernel may back memory with huge pages, also beyond what is watched: the same pages are told."""
+    memory, watch = Memory(4096), PageWatch()
+    memory.map.madvise(mmap.MADV_HUGEPAGE)
+    memory.map[:] = b"y" * len(memory.map)
+    start, end = memory.start + 3 * PAGE_NBYTES, memory.end - 5 * PAGE_NBYTES
+    assert watch.add([(start, end)]) == [True]
+    assert watch.written(start, end) == [(start, end)]
+    for step in range(50):
+        numbers = {(step * 997 + 31 * index) % 4088 + 3 for index in range(step % 4)}
+        for number in numbers:
+            memory.page(number)[step] = 1
+        assert pages(memory, watch.written(start, end)) == numbers
+    watch.close()
+
+
 def test_more_regions_than_one_answer_holds() -> None:
     """Every other page of many: all of them are told."""
     memory, watch = Memory(5000), PageWatch()
