@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from folders import new_process
 
 from torchsnapshot import Snapshot, StateDict
 from torchsnapshot.engine.run import Run
@@ -25,6 +26,8 @@ NUM_CHUNKS = 40
 @pytest.fixture
 def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, StateDict]:
     """A state of many chunks of a megabyte, which ``tmp_path / "run"`` holds already."""
+    # nothing is known of memory that these tensors may come to lie in
+    new_process()
     monkeypatch.setenv("TORCHSNAPSHOT_CHUNK_SIZE_BYTES_OVERRIDE", str(1 << 20))
     app_state = {
         "w": StateDict(**{f"w{number}": torch.full((1 << 18,), float(number)) for number in range(NUM_CHUNKS)})
