@@ -26,6 +26,7 @@ from torchsnapshot.chunks.codecs import (
     decode_into,
     encode,
     encode_bytes,
+    is_varied,
 )
 from torchsnapshot.chunks.encoded import FLAG_LEVELLED, METHOD_RAW, METHOD_ZSTD, Lane
 from torchsnapshot.engine.buffers import map_pages
@@ -367,6 +368,29 @@ class TestRatios:
         """Against a base, the row length says nothing."""
         raw, base = memory_of(moments(700, 400)), memory_of(moments(700, 400) * 1.001)
         assert encode_bytes(raw, 4, Effort.SMALLEST, base, 400) == encode_bytes(raw, 4, Effort.SMALLEST, base)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+    def test_weights_are_varied(self, dtype: torch.dtype) -> None:
+        """A glance tells that floats of a network do not collapse."""
+        for seed in range(20):
+            generator = torch.Generator().manual_seed(seed)
+            weights = torch.randn(1 << 16, dtype=torch.float64, generator=generator).mul(0.02)
+            assert is_varied(memory_of(weights.to(dtype)))
+
+    @pytest.mark.parametrize("kind", ["zeros", "ids", "constant rows", "one in five"])
+    def test_what_collapses_is_not_varied(self, kind: str) -> None:
+        """A glance does not keep what shrinks to a quarter from being looked at."""
+        for seed in range(20):
+            generator = torch.Generator().manual_seed(seed)
+            ids = torch.randint(1 << 16, (1 << 16,), generator=generator)
+            floats = torch.randn(1 << 16, generator=generator)
+            found = {
+                "zeros": torch.zeros(1 << 16),
+                "ids": ids,
+                "constant rows": floats[:256, None].expand(256, 1024),
+                "one in five": floats * (torch.rand(1 << 16, generator=generator) < 0.2),
+            }[kind]
+            assert not is_varied(memory_of(found))
 
     @pytest.mark.parametrize("effort", Effort)
     @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.float64])

@@ -55,8 +55,10 @@ _SAMPLE_NUM_RUNS = 8
 # moments' exponents are some two bits, in which zstd finds matches by chance that cost more than they save
 _LEVELS_ROTATIONS = (1, 4)
 _MIN_ROW_LENGTH = 32
-_PEEK_NUM_RUNS = 8
+_NUM_RUNS = 8
 _PEEK_RUN_NBYTES = 512
+_GLANCE_RUN_NBYTES = 64
+_GLANCE_MANY_VALUES = 128
 
 
 def choose(
@@ -138,9 +140,25 @@ def _choose_levels(raw: memoryview, width: int, row_length: int, scratch: Scratc
 
 def peek(raw: memoryview, scratch: Scratch) -> float:
     """The fraction to which a few kilobytes of the bytes as they lie shrink: a small part of the time of ``choose``."""
-    step = max(raw.nbytes // _PEEK_NUM_RUNS, _PEEK_RUN_NBYTES)
-    runs = b"".join([raw[start : start + _PEEK_RUN_NBYTES] for start in range(0, raw.nbytes, step)])
+    runs = _runs(raw, _PEEK_RUN_NBYTES)
     return len(scratch.entropy.compress(runs)) / max(len(runs), 1)
+
+
+def is_varied(raw: memoryview) -> bool:
+    """Whether 512 of the bytes as they lie take more values than those of a chunk that shrinks to a quarter.
+
+    A quarter of its bytes may be noise, and 128 random bytes have some hundred values.
+
+    A small part of the time of ``peek``, and it keeps the interpreter's lock: beside other workers, whoever lets go of
+    it waits for it longer than this takes.
+    """
+    return len(set(_runs(raw, _GLANCE_RUN_NBYTES))) > _GLANCE_MANY_VALUES
+
+
+def _runs(raw: memoryview, run_nbytes: int) -> bytes:
+    """Some of the bytes, from all over the chunk."""
+    step = max(raw.nbytes // _NUM_RUNS, run_nbytes)
+    return b"".join([raw[start : start + run_nbytes] for start in range(0, raw.nbytes, step)])
 
 
 def _effective_width(nbytes: int, width: int) -> int:

@@ -32,6 +32,7 @@ from torchsnapshot.chunks import planes
 from torchsnapshot.chunks.choice import Effort as Effort
 from torchsnapshot.chunks.choice import Scheme as Scheme
 from torchsnapshot.chunks.choice import choose as choose
+from torchsnapshot.chunks.choice import is_varied as is_varied
 from torchsnapshot.chunks.choice import peek as peek
 from torchsnapshot.chunks.encoded import (
     FLAG_DIFFERENCE,

@@ -15,7 +15,17 @@ import threading
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from torchsnapshot.chunks.codecs import WORTHWHILE, Effort, Scheme, borrow_scratch, choose, decode_into, encode, peek
+from torchsnapshot.chunks.codecs import (
+    WORTHWHILE,
+    Effort,
+    Scheme,
+    borrow_scratch,
+    choose,
+    decode_into,
+    encode,
+    is_varied,
+    peek,
+)
 from torchsnapshot.chunks.encoded import WIDTHS
 from torchsnapshot.chunks.reader import digest_of
 from torchsnapshot.engine.buffers import BufferPool
@@ -117,7 +127,7 @@ class ChunkCoder:
         gain: float | None = None
         with borrow_scratch() as scratch:
             is_wanted = self._encoding == "smallest" or self._meter.wants_encoding(width)
-            if not is_wanted and against is None and peek(raw, scratch) > _NOT_WORTH_A_LOOK:
+            if not is_wanted and against is None and (is_varied(raw) or peek(raw, scratch) > _NOT_WORTH_A_LOOK):
                 return Coded(0, Form.RAW, 1)
             scheme = choose(raw, width, self._effort, scratch, row_length=row_length)
             base: memoryview | None = None

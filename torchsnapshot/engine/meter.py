@@ -35,7 +35,7 @@ from typing import Final
 
 MARGIN: Final = 1.25
 MIN_PUTS: Final = 8
-PROBE_EVERY: Final = 128
+PROBE_EVERY: Final = 256
 BACKGROUND_WEIGHT: Final = 0.5
 
 ASSUMED_GAIN: Final = 0.15
