@@ -13,8 +13,8 @@ A write is seen whoever does it through this process's page tables: its threads,
 shared with other processes is therefore refused, and so are files that are mapped. Nor is it where a device
 keeps writing into pages that were handed to it earlier; who asks must know that there are no such devices.
 
-Invariant: memory that is not watched any more, as it was moved there or mapped anew, raises; it never counts as
-unwritten. Only where nothing is mapped at all, nothing was written either.
+Invariant: mapped memory that is not watched any more, as it was moved there or mapped anew, raises; it never counts as
+unwritten. Addresses at which nothing is mapped do: the answer is of use only for memory that is known to be there.
 """
 
 from __future__ import annotations
@@ -145,23 +145,11 @@ class PageWatch:
     def _scan(self, start: int, end: int) -> tuple[int, int]:
         """How many written regions were found, and where the kernel has stopped."""
         address, _ = self._regions.buffer_info()
-        flags, wanted = _PM_SCAN_WP_MATCHING | _PM_SCAN_CHECK_WPASYNC, _PAGE_IS_WRITTEN
-        question = bytearray(
-            _SCAN.pack(
-                _SCAN.size,
-                flags | _PM_SCAN_CHECK_WPASYNC,
-                start,
-                end,
-                0,
-                address,
-                _MAX_REGIONS,
-                0,
-                0,
-                wanted,
-                0,
-                wanted,
-            )
-        )
+        flags = _PM_SCAN_WP_MATCHING | _PM_SCAN_CHECK_WPASYNC
+        limits = 0, address, _MAX_REGIONS, 0
+        # inverted, all of these, any of these, and what is told of them
+        categories = 0, _PAGE_IS_WRITTEN, 0, _PAGE_IS_WRITTEN
+        question = bytearray(_SCAN.pack(_SCAN.size, flags, start, end, *limits, *categories))
         return fcntl.ioctl(self._pagemap, _PAGEMAP_SCAN, question), _SCAN.unpack(question)[_WALK_END]
 
 

@@ -18,9 +18,9 @@ a storage or a version counter: what is said is "these addresses hold these byte
 
 What the kernel cannot see is a device that writes into memory which it was given earlier: memory pinned for an
 accelerator, or registered with a network card. Where a process uses an accelerator, or the machine has RDMA, nothing is
-watched unless ``TORCHSNAPSHOT_WATCH_MEMORY=1`` says that no tensor lies in such memory. And against what nobody has
+believed unless ``TORCHSNAPSHOT_WATCH_MEMORY=1`` says that no tensor lies in such memory. And against what nobody has
 thought of, each look lets one in ``AUDIT_EVERY`` watched chunks be hashed all the same: a digest that differs, though
-the kernel has seen no write, is an error that ends the take and the watching.
+the kernel has seen no write, is an error that ends the take, or the restore, and the watching.
 
 Invariants: memory is asked about only after a look that came when it was there already; a fork begins anew.
 """
@@ -35,6 +35,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,7 @@ class LiveDigests:
         self._looks = 0
         self._chunks: dict[Extent, WatchedChunk] = {}
         self._runs: list[Run] = []
+        self._numbers = count()
 
     def look(self) -> Look:
         """Find out what was written since the last look: the beginning of a take or a restore.
@@ -208,7 +210,7 @@ class LiveDigests:
             if chunk is None:
                 if extent[1] >= MIN_NBYTES:
                     # numbers follow one another as neighbours do, so each look audits chunks all over the state
-                    self._chunks[extent] = WatchedChunk(extent, len(self._chunks), digest, look, look)
+                    self._chunks[extent] = WatchedChunk(extent, next(self._numbers), digest, look, look)
             elif not chunk.is_watched:
                 chunk.note_candidate(digest, look)
             elif chunk.written_at <= look and seen is not None:
@@ -234,8 +236,8 @@ class LiveDigests:
         raise SnapshotError(
             "memory of the state has changed although the kernel has seen no write to it. Is there a device that "
             "writes to memory of this process (pinned, or registered with a network card)? Snapshots that this process "
-            "took before may hold older bytes in its place. Nothing was committed now, and everything is hashed from "
-            f"here on: take the snapshot once more, and set {knobs.WATCH_MEMORY}=0 for jobs like this one"
+            "took before may hold older bytes in its place. What was being taken is not committed, and everything is "
+            f"hashed from here on: take, or restore, once more, and set {knobs.WATCH_MEMORY}=0 for jobs like this one"
         )
 
     # ------------------------------------------------------------------ what is watched; all with the lock held
@@ -291,7 +293,7 @@ class LiveDigests:
         """Some memory of a run is not what it was; what an answer would have said of the rest is lost with it."""
         assert self._watch is not None
         for chunk in run.chunks:
-            chunk.digest, chunk.written_at = None, self._looks
+            chunk.forget(self._looks)
             try:
                 self._watch.written(*chunk.pages)
             except OSError:

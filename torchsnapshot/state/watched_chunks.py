@@ -90,9 +90,13 @@ class WatchedChunk:
         self.is_watched, self.credit, self.still = True, _CREDIT, 0
         self.digest, self.written_at, self.lost_at = None, look, look
 
+    def forget(self, look: int) -> None:
+        """A look could not find out whether it was written."""
+        self.digest, self.written_at = None, look
+
     def lose(self, look: int) -> None:
         """A look has found it written."""
-        self.digest, self.written_at = None, look
+        self.forget(look)
         if self.lost_at < look:
             self.credit = min(_MAX_CREDIT, self.credit + look - self.lost_at - 1) - _CREDIT
             self.lost_at = look

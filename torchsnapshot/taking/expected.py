@@ -75,7 +75,8 @@ class ExpectedLeaf:
 class ExpectedChunk:
     """A chunk of a leaf: where its bytes lie, and where those that are expected are stored.
 
-    ``extent`` says where ``buffer`` is. ``buffer`` is good for as long as ``leaf`` is held.
+    ``extent`` says where ``buffer`` is. ``buffer`` is good for as long as ``leaf`` is held. Where it ``is_unwritten``,
+    nobody has written there since the last take.
     """
 
     leaf: ExpectedLeaf
@@ -83,6 +84,7 @@ class ExpectedChunk:
     extent: Extent
     buffer: Any
     ref: ChunkRef
+    is_unwritten: bool
 
     @property
     def nbytes(self) -> int:
@@ -105,9 +107,8 @@ class Expected:
 
     @property
     def refs(self) -> Iterator[ChunkRef]:
-        """Where the bytes that are expected are stored."""
+        """Where the bytes are stored that are to be looked at."""
         yield from map(_REF, self.large)
-        yield from map(_REF, self.unwritten)
         for group in self.groups:
             yield from (chunk.ref for chunk in group if isinstance(chunk, ExpectedChunk))
 
@@ -136,18 +137,17 @@ def differing(chunks: Sequence[Chunk | ExpectedChunk], known: Known, look: Look)
     return found
 
 
-def gone(chunks: Sequence[ExpectedChunk], known: Known, look: Look) -> list[Chunk]:
+def not_reusable(chunks: Sequence[ExpectedChunk], known: Known, look: Look) -> list[Chunk]:
     """Of chunks that nobody has written, those that are to be staged all the same: what they hold may not be reused.
 
     Raises:
         UnsupportedValueError: the memory of a tensor was freed meanwhile.
     """
-    if known.may_reuse(map(_REF, chunks)):
-        look.spare(sum(map(_NBYTES, chunks)))
-        return []
-    for leaf in dict.fromkeys(map(_LEAF, chunks)):
+    missing = [] if known.may_reuse(map(_REF, chunks)) else [c for c in chunks if not known.may_reuse((c.ref,))]
+    look.spare(sum(map(_NBYTES, chunks)) - sum(map(_NBYTES, missing)))
+    for leaf in dict.fromkeys(map(_LEAF, missing)):
         leaf.check_memory()
-    return [chunk.leaf.renewed(chunk.index) for chunk in chunks if not known.may_reuse((chunk.ref,))]
+    return [chunk.leaf.renewed(chunk.index) for chunk in missing]
 
 
 _EXTENT = operator.attrgetter("extent")

@@ -62,14 +62,6 @@ class _Settled:
     samples: list[ChunkRef]
 
 
-@dataclass(frozen=True, slots=True)
-class _Still:
-    """The chunks of a leaf of which the same bytes are expected, and of which of them nobody has written anything."""
-
-    chunks: list[ExpectedChunk]
-    are_unwritten: list[bool]
-
-
 class Structure:
     """What one plan has shown. Any thread may use it.
 
@@ -194,8 +186,10 @@ class Structure:
 
     def _expected(
         self, reading: Reading, columns: Columns, leaves: list[Leaf], look: Look
-    ) -> list[_Still | None] | None:
+    ) -> list[list[ExpectedChunk] | None] | None:
         """The chunks of larger tensors whose bytes are likely to be what the last take stored; None in place of others.
+
+        In ``leaves``, what changed last time and has not been written since becomes a settled leaf again.
 
         Returns:
             None where their memory cannot be read.
@@ -206,7 +200,7 @@ class Structure:
             return None
         extents = list(zip(addresses, columns.expected_sizes, strict=True))
         digests = look.digests(extents)
-        found: list[_Still | None] = []
+        found: list[list[ExpectedChunk] | None] = []
         end = 0
         for column, number in zip(columns.expected, columns.expected_numbers, strict=True):
             last = leaves[number]
@@ -225,8 +219,7 @@ class Structure:
             leaf = ExpectedLeaf(leaves, number, reading.memory.storages[column], renew)
             mine = map(buffers.at, range(begin, end), addresses[begin:end])
             refs = [chunk.ref for chunk in last.chunks if chunk.ref is not None]
-            chunks = list(map(ExpectedChunk, repeat(leaf), count(), extents[begin:end], mine, refs))
-            found.append(_Still(chunks, are_unwritten))
+            found.append(list(map(ExpectedChunk, repeat(leaf), count(), extents[begin:end], mine, refs, are_unwritten)))
         return found
 
     def _renewed(self, reading: Reading, column: int, number: int, last: Leaf) -> Leaf:
@@ -242,7 +235,7 @@ class Structure:
         return template.leaf(last.path, node, place_of(last) if template.pieces else None)
 
     def _plan_of(
-        self, leaves: list[Leaf], fresh: Sequence[int], still: Mapping[int, _Still], inline_nbytes: int
+        self, leaves: list[Leaf], fresh: Sequence[int], still: Mapping[int, list[ExpectedChunk]], inline_nbytes: int
     ) -> tuple[TakePlan, Expected]:
         """The plan of these leaves.
 
@@ -256,11 +249,9 @@ class Structure:
         expected = Expected()
         groups: list[list[Chunk | ExpectedChunk]] = [[] for _ in range(self._num_groups)]
         for number in sorted((*fresh, *still)):
-            mine = still.get(number)
-            chunks: Sequence[Chunk | ExpectedChunk] = leaves[number].chunks if mine is None else mine.chunks
-            are_unwritten = repeat(False) if mine is None else mine.are_unwritten
-            for chunk, group, is_unwritten in zip(chunks, self._templates[number].groups, are_unwritten, strict=False):
-                if is_unwritten and isinstance(chunk, ExpectedChunk):
+            chunks: Sequence[Chunk | ExpectedChunk] = still.get(number, leaves[number].chunks)
+            for chunk, group in zip(chunks, self._templates[number].groups, strict=True):
+                if isinstance(chunk, ExpectedChunk) and chunk.is_unwritten:
                     expected.unwritten.append(chunk)
                 elif group is not None:
                     groups[group].append(chunk)

@@ -13,6 +13,8 @@ is hashed. So a tensor that another thread changes meanwhile cannot poison the s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeVar
 
 from torchsnapshot.chunks.reader import digest_of
 from torchsnapshot.chunks.writer import ChunkWriter
@@ -23,15 +25,15 @@ from torchsnapshot.state.live_digests import Look
 from torchsnapshot.state.watched_chunks import Extent
 from torchsnapshot.store.envelope import ChunkRef
 from torchsnapshot.store.known import Known
-from torchsnapshot.taking.expected import Expected, ExpectedChunk, differing, gone
+from torchsnapshot.taking.expected import Expected, ExpectedChunk, differing, not_reusable
 from torchsnapshot.taking.plan import GROUP_NBYTES, Chunk, TakePlan
 
 NUM_AHEAD = 16
 """How many large chunks are staged before small ones: enough to keep a store busy meanwhile."""
 
 
-def _holds_still(chunk: Chunk, extent: Extent | None, known: Known, look: Look) -> bool:
-    """Whether live memory equals what the last take stored here, and that may be reused; then the chunk is done."""
+def _reuse(chunk: Chunk, extent: Extent | None, known: Known, look: Look) -> bool:
+    """Give the chunk what the last take stored here, if live memory equals it and it may be reused; returns whether."""
     if chunk.previous is None:
         return False
     digest = look.digest(extent)
@@ -41,8 +43,9 @@ def _holds_still(chunk: Chunk, extent: Extent | None, known: Known, look: Look) 
         if live is None:
             return False
         digest = look.hash(extent, live)
-    if digest == chunk.previous:
-        chunk.ref = known.lookup(digest, chunk.nbytes)
+    if digest != chunk.previous:
+        return False
+    chunk.ref = known.lookup(digest, chunk.nbytes)
     if chunk.ref is not None and is_unwritten:
         look.spare(chunk.nbytes)
     return chunk.ref is not None
@@ -63,7 +66,7 @@ class ChunkJob:
         """Compare with the last take; where that differs, copy."""
         # later the application may have given the tensor other memory
         self._extent = self._chunk.extent
-        if _holds_still(self._chunk, self._extent, self._known, self._look):
+        if _reuse(self._chunk, self._extent, self._known, self._look):
             return False
         assert buffer is not None
         self._chunk.source.stage(self._chunk.piece.box, buffer.memory(self.nbytes))
@@ -105,7 +108,7 @@ class GroupJob:
         offset = 0
         for chunk in self._group:
             extent = chunk.extent
-            if not _holds_still(chunk, extent, self._known, self._look):
+            if not _reuse(chunk, extent, self._known, self._look):
                 chunk.source.stage(chunk.piece.box, memory[offset : offset + chunk.nbytes])
                 self._staged.append((chunk, extent, offset))
                 offset += chunk.nbytes
@@ -130,64 +133,24 @@ class GroupJob:
 
 
 class LookJob:
-    """Compares chunks with the last take where they lie; those that differ become jobs of their own.
+    """Looks at chunks where they lie; those that are not stored still become jobs of their own.
 
     Args:
-        chunks: to be looked at; those among them that the plan has made anew count as differing.
-        known: what the take may reuse.
-        look: what is known of memory; it learns what is read.
-        jobs_of: the jobs for those that differ.
+        find_missing: does the looking; returns those chunks.
+        jobs_of: the jobs for them.
     """
 
     nbytes = 0
 
     def __init__(
-        self,
-        chunks: Sequence[Chunk | ExpectedChunk],
-        known: Known,
-        look: Look,
-        jobs_of: Callable[[Sequence[Chunk]], Sequence[Job]],
+        self, find_missing: Callable[[], Sequence[Chunk]], jobs_of: Callable[[Sequence[Chunk]], Sequence[Job]]
     ) -> None:
-        self._chunks = chunks
-        self._known = known
-        self._look = look
+        self._find_missing = find_missing
         self._jobs_of = jobs_of
 
     def stage(self, buffer: Buffer | None) -> Sequence[Job]:
         """Look at all of them."""
-        return self._jobs_of(differing(self._chunks, self._known, self._look))
-
-    def finish(self, buffer: Buffer | None) -> None:
-        """Nothing is left."""
-
-
-class ReuseJob:
-    """Sees to it that chunks which nobody has written are stored still; those that are not become jobs of their own.
-
-    Args:
-        chunks: unwritten.
-        known: what the take may reuse.
-        look: what is known of memory.
-        jobs_of: the jobs for those that may not be reused.
-    """
-
-    nbytes = 0
-
-    def __init__(
-        self,
-        chunks: Sequence[ExpectedChunk],
-        known: Known,
-        look: Look,
-        jobs_of: Callable[[Sequence[Chunk]], Sequence[Job]],
-    ) -> None:
-        self._chunks = chunks
-        self._known = known
-        self._look = look
-        self._jobs_of = jobs_of
-
-    def stage(self, buffer: Buffer | None) -> Sequence[Job]:
-        """Ask about all of them."""
-        return self._jobs_of(gone(self._chunks, self._known, self._look))
+        return self._jobs_of(self._find_missing())
 
     def finish(self, buffer: Buffer | None) -> None:
         """Nothing is left."""
@@ -202,24 +165,35 @@ def take_jobs(plan: TakePlan, expected: Expected, known: Known, writer: ChunkWri
     def together(group: Sequence[Chunk]) -> list[Job]:
         return [GroupJob(group, known, writer, look)] if group else []
 
-    def again(chunks: Sequence[Chunk]) -> list[Job]:
-        small = [chunk for chunk in chunks if chunk.nbytes < plan.small_nbytes]
-        large = [chunk for chunk in chunks if chunk.nbytes >= plan.small_nbytes]
-        return [*one_by_one(large), *(job for group in grouped(small, GROUP_NBYTES) for job in together(group))]
+    def of_any_size(chunks: Sequence[Chunk]) -> list[Job]:
+        large, groups = _by_size(chunks, plan.small_nbytes)
+        return [*one_by_one(large), *(job for group in groups for job in together(group))]
 
     groups = [job for group in plan.groups for job in together(group)]
-    groups += [LookJob(group, known, look, together) for group in expected.groups]
+    groups += [LookJob(partial(differing, group, known, look), together) for group in expected.groups]
     # what changed last time has to be written, most likely: the sooner that begins, the more work it overlaps with
     large = one_by_one(sorted(plan.large, key=lambda chunk: not chunk.changed_last_time))
-    large += [LookJob(chunks, known, look, one_by_one) for chunks in grouped(expected.large, LOOK_NBYTES)]
+    for chunks in grouped(expected.large, LOOK_NBYTES):
+        large.append(LookJob(partial(differing, chunks, known, look), one_by_one))
     if expected.unwritten:
-        large.append(ReuseJob(expected.unwritten, known, look, again))
+        large.append(LookJob(partial(not_reusable, expected.unwritten, known, look), of_any_size))
     # the many chunks of a group take the cores some time, for which the store should have something to do
     return [*large[:NUM_AHEAD], *groups, *large[NUM_AHEAD:]]
 
 
 def buffer_sizes(plan: TakePlan, expected: Expected) -> list[int]:
     """The bytes of every buffer that the jobs of a take need if everything has changed."""
-    large: list[Chunk | ExpectedChunk] = [*plan.large, *expected.large, *expected.unwritten]
-    groups: list[Sequence[Chunk | ExpectedChunk]] = [*plan.groups, *expected.groups]
-    return [chunk.nbytes for chunk in large] + [sum(chunk.nbytes for chunk in group) for group in groups]
+    large, groups = _by_size(expected.unwritten, plan.small_nbytes)
+    one_by_one: list[Chunk | ExpectedChunk] = [*plan.large, *expected.large, *large]
+    together: list[Sequence[Chunk | ExpectedChunk]] = [*plan.groups, *expected.groups, *groups]
+    return [chunk.nbytes for chunk in one_by_one] + [sum(chunk.nbytes for chunk in group) for group in together]
+
+
+_Chunk = TypeVar("_Chunk", Chunk, ExpectedChunk)
+
+
+def _by_size(chunks: Sequence[_Chunk], small_nbytes: int) -> tuple[list[_Chunk], list[list[_Chunk]]]:
+    """The large ones, and groups of the small ones."""
+    large = [chunk for chunk in chunks if chunk.nbytes >= small_nbytes]
+    small = [chunk for chunk in chunks if chunk.nbytes < small_nbytes]
+    return large, list(grouped(small, GROUP_NBYTES))
