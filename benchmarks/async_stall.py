@@ -79,11 +79,12 @@ def measure(options: Options) -> Result:
                 f"{scenario}: digest of the rest": partial(limits.digest, same),
                 f"{scenario}: copy of the changed": partial(limits.copy, different),
                 f"{scenario}: torchsnapshot": partial(run.stall, what),
-                f"{scenario}: torchsnapshot, all hashed": partial(run.stall_hashed, what),
             }
             if what == "all":
                 # what changed is all one to them: they copy everything
                 turns.update({name: partial(peer.stall, what) for name, peer in running.items()})
+            else:
+                turns[f"{scenario}: torchsnapshot, all hashed"] = partial(run.stall_hashed, what)
             take_turns(turns, result, options.rounds, warm_up=warm_up)
             run.restart()
     for scenario in SCENARIOS.values():
