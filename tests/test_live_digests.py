@@ -24,6 +24,7 @@ from torchsnapshot.chunks.reader import digest_of
 from torchsnapshot.engine.page_watch import PageWatch, Range
 from torchsnapshot.errors import SnapshotError
 from torchsnapshot.state import live_digests as module
+from torchsnapshot.state import unseen_writers
 from torchsnapshot.state.live_digests import AUDIT_EVERY, MIN_NBYTES, LiveDigests, Look
 from torchsnapshot.state.watched_chunks import Extent
 
@@ -327,9 +328,8 @@ def _with_unknown_accelerator(monkeypatch: pytest.MonkeyPatch, folder: Path) -> 
 
 def _with_network_card(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     (folder / "mlx5_0").mkdir()
-    monkeypatch.setattr(module, "_INFINIBAND", folder)
-    module._has_rdma.cache_clear()
-    monkeypatch.setattr(module._has_rdma, "cache_clear", module._has_rdma.cache_clear, raising=False)
+    monkeypatch.setattr(unseen_writers, "_INFINIBAND", folder)
+    unseen_writers._has_rdma.cache_clear()
 
 
 @needs_page_watch
@@ -349,7 +349,7 @@ def test_devices_that_might_write_unseen(
         assert len(read_all(digests, chunks)) < NUM_CHUNKS
     finally:
         monkeypatch.undo()
-        module._has_rdma.cache_clear()
+        unseen_writers._has_rdma.cache_clear()
 
 
 def test_watching_can_be_turned_off(digests: LiveDigests, monkeypatch: pytest.MonkeyPatch) -> None:

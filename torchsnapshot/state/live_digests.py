@@ -1,8 +1,8 @@
 """Digests of live memory that need no second pass over it, as the kernel says that nobody has written there since.
 
 What lives here: which chunks of memory are watched, and when what is known of their content counts. What doesn't: what
-is kept of a chunk (``watched_chunks``), how the kernel is asked (``page_watch``), what a digest is compared with
-(``taking``, ``reading``).
+is kept of a chunk (``watched_chunks``), how the kernel is asked (``page_watch``), who writes without its seeing it
+(``unseen_writers``), what a digest is compared with (``taking``, ``reading``).
 
 A chunk that was found unchanged where it lies is watched from the next look on; its digest is then computed once more,
 and holds until a write is seen. Watching costs the first write to each page about a microsecond, some five times what
@@ -16,11 +16,10 @@ read is in the digest, and one that came after shows at the next look. At its ed
 things; of these the very bytes that were hashed are kept beside the digest, and compared. Nothing here knows a tensor,
 a storage or a version counter: what is said is "these addresses hold these bytes", whoever uses them now.
 
-What the kernel cannot see is a device that writes into memory which it was given earlier: memory pinned for an
-accelerator, or registered with a network card. Where a process uses an accelerator, or the machine has RDMA, nothing is
-believed unless ``TORCHSNAPSHOT_WATCH_MEMORY=1`` says that no tensor lies in such memory. And against what nobody has
-thought of, each look lets one in ``AUDIT_EVERY`` watched chunks be hashed all the same: a digest that differs, though
-the kernel has seen no write, is an error that ends the take, or the restore, and the watching.
+What the kernel cannot see is a device that writes into memory which it was given earlier. Where there may be one,
+nothing is believed unless ``TORCHSNAPSHOT_WATCH_MEMORY=1`` says that no tensor lies in such memory. And against what
+nobody has thought of, each look lets one in ``AUDIT_EVERY`` watched chunks be hashed all the same: a digest that
+differs, though the kernel has seen no write, is an error that ends the take, or the restore, and the watching.
 
 Invariants: memory is asked about only after a look that came when it was there already; a fork begins anew.
 """
@@ -34,15 +33,14 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 from torchsnapshot import knobs
 from torchsnapshot.chunks.reader import digest_of
 from torchsnapshot.engine.page_watch import PageWatch
 from torchsnapshot.errors import SnapshotError
+from torchsnapshot.state import unseen_writers
 from torchsnapshot.state.watched_chunks import Edges, Extent, Run, WatchedChunk, runs_of
 
 logger = logging.getLogger(__name__)
@@ -55,9 +53,6 @@ AUDIT_EVERY = 64
 
 _FORGET_AFTER = 32
 """So many looks after somebody has last asked about a chunk, it is given up."""
-
-_INFINIBAND = Path("/sys/class/infiniband")
-_ACCELERATORS = ("cuda", "xpu", "mtia", "hpu", "npu")
 
 
 class Look:
@@ -327,23 +322,7 @@ _EXTENT = operator.attrgetter("extent")
 def _may_watch() -> bool:
     """Whether all that writes to memory of this process is seen by the kernel."""
     wanted = knobs.watches_memory()
-    return not (_has_rdma() or _uses_accelerator()) if wanted is None else wanted
-
-
-@cache
-def _has_rdma() -> bool:
-    return _INFINIBAND.is_dir() and any(_INFINIBAND.iterdir())
-
-
-def _uses_accelerator() -> bool:
-    """Whether a device of one of torch's kinds may have been given memory; without an import of torch's."""
-    torch = sys.modules.get("torch")
-    for name in _ACCELERATORS:
-        backend = getattr(torch, name, None)
-        is_initialized = getattr(backend, "is_initialized", None)
-        if backend is not None and (is_initialized is None or is_initialized()):
-            return True
-    return False
+    return not unseen_writers.may_exist() if wanted is None else wanted
 
 
 _live_digests = LiveDigests()
