@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory_watch import map_anew, needs_page_watch
 
+from torchsnapshot.engine import page_watch
 from torchsnapshot.engine.page_watch import PAGE_NBYTES, PageWatch, pages_of
 
 pytestmark = needs_page_watch
@@ -216,6 +217,46 @@ def test_memory_that_others_may_write_is_refused(memory: Memory, tmp_path: Path)
     with pytest.raises(OSError, match="not permitted"):
         watch.written(shared.start, shared.end)
     watch.close()
+
+
+def test_mappings_are_left_to_the_application(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many ranges with gaps between them as many are watched, the largest first, as mappings may be made for."""
+    memory, watch = Memory(1024), PageWatch()
+    first = memory.start // PAGE_NBYTES
+    sizes = [3 if number % 4 == 0 else 1 for number in range(200)]
+    ranges = [((first + 5 * i) * PAGE_NBYTES, (first + 5 * i + size) * PAGE_NBYTES) for i, size in enumerate(sizes)]
+    before = _num_mappings()
+    monkeypatch.setattr(page_watch, "_max_mappings", lambda: 2 * (before + 140))
+    watched = watch.add(ranges)
+    assert 60 <= sum(watched) <= 70
+    assert all(is_watched for is_watched, size in zip(watched, sizes, strict=True) if size == 3)
+    assert _num_mappings() <= before + 140
+    assert not any(PageWatch().add(ranges[1:2]))
+    watch.close()
+
+
+def test_neighbours_are_one_mapping(memory: Memory) -> None:
+    """Ranges that touch or overlap are watched, however many, at the cost of one."""
+    watch, before = PageWatch(), _num_mappings()
+    starts = range(memory.start, memory.end - PAGE_NBYTES, PAGE_NBYTES)
+    assert all(watch.add([(start, start + 2 * PAGE_NBYTES) for start in starts]))
+    assert _num_mappings() <= before + 2
+    watch.close()
+
+
+def test_what_a_neighbour_cannot_have_is_no_loss(memory: Memory) -> None:
+    """Where a part of memory is watched by somebody else, what lies beside it can be watched all the same."""
+    other, watch = PageWatch(), PageWatch()
+    middle = memory.start + 8 * PAGE_NBYTES, memory.start + 16 * PAGE_NBYTES
+    assert other.add([middle]) == [True]
+    parts = [(memory.start, middle[0]), middle, (middle[1], memory.end)]
+    assert watch.add(parts) == [True, False, True]
+    other.close()
+    watch.close()
+
+
+def _num_mappings() -> int:
+    return len(Path("/proc/self/maps").read_text().splitlines())
 
 
 def test_memory_that_is_mapped_anew_never_counts_as_unwritten(memory: Memory, watch: PageWatch) -> None:

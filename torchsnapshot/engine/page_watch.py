@@ -8,6 +8,9 @@ which pages were written and protects them again, in one step under the page tab
 (Documentation/admin-guide/mm/pagemap.rst). A question about 1 GB of 4 KiB pages costs a third of a millisecond; the
 first write to a page after that costs its writer about a microsecond more. Neither needs a privilege.
 
+What is watched becomes a mapping of its own. A process may have only so many (65,530 by default), and where they are
+used up it gets no more memory; so watching ends far from there.
+
 A write is seen whoever does it through this process's page tables: its threads, system calls that fill memory
 (``read``, direct I/O, ``process_vm_writev``), a debugger. It is not seen through other page tables: memory that is
 shared with other processes is therefore refused, and so are files that are mapped. Nor is it where a device
@@ -28,7 +31,9 @@ import platform
 import struct
 import sys
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from operator import itemgetter
 
 PAGE_NBYTES = mmap.PAGESIZE
 
@@ -55,6 +60,9 @@ _WALK_END = 4
 _REGION_WORDS = 3
 """``struct page_region``: start, end, categories."""
 _MAX_REGIONS = 1024
+
+_SHARE_OF_MAPPINGS = 2
+"""Watching brings the mappings of a process to no more than one in so many of those that it may have."""
 
 Range = tuple[int, int]
 """Addresses: the first byte, and one behind the last."""
@@ -103,10 +111,20 @@ class PageWatch:
             ranges: whole pages, in any order; watching one again changes nothing.
 
         Returns:
-            For each, whether it is watched: memory that this process does not have to itself is not.
+            For each, whether it is watched. Memory that this process does not have to itself is not; nor are the
+            smallest ranges where they are so many that the process might run out of mappings.
         """
-        private = _private_memory()
-        return [_is_inside(each, private) and self._register(*each) for each in ranges]
+        private, num_mappings = _private_memory()
+        # a range is cut out of its mapping: then there is one before it and one behind it
+        room = max(0, _max_mappings() // _SHARE_OF_MAPPINGS - num_mappings) // 2
+        groups = _touching(each for each in ranges if _is_inside(each, private))
+        groups.sort(key=lambda group: _end(group) - group[0][0], reverse=True)
+        watched: list[Range] = []
+        for group in groups[:room]:
+            whole = group[0][0], _end(group)
+            watched += [whole] if self._register(*whole) else [each for each in group if self._register(*each)]
+        watched.sort()
+        return [_is_inside(each, watched) for each in ranges]
 
     def _register(self, start: int, end: int) -> bool:
         try:
@@ -161,11 +179,16 @@ def _userfaultfd(number: int, flags: int) -> int:
     return handle
 
 
-def _private_memory() -> list[Range]:
-    """Where this process has memory to itself, anonymous and writable; neighbours are joined (proc_pid_maps(5))."""
+def _private_memory() -> tuple[list[Range], int]:
+    """Where this process has memory to itself, anonymous and writable, neighbours joined; how many mappings it has.
+
+    See proc_pid_maps(5).
+    """
     found: list[Range] = []
+    num_mappings = 0
     with open("/proc/self/maps", encoding="utf-8", errors="replace") as lines:
         for line in lines:
+            num_mappings += 1
             addresses, permissions, _, _, inode, *_ = line.split(maxsplit=5)
             if permissions[:2] == "rw" and permissions[3] == "p" and inode == "0":
                 start, end = (int(text, 16) for text in addresses.split("-"))
@@ -173,8 +196,32 @@ def _private_memory() -> list[Range]:
                     found[-1] = found[-1][0], end
                 else:
                     found.append((start, end))
-    return found
+    return found, num_mappings
 
 
-def _is_inside(wanted: Range, ranges: Iterable[Range]) -> bool:
-    return any(start <= wanted[0] and wanted[1] <= end for start, end in ranges)
+def _max_mappings() -> int:
+    """How many mappings a process may have: proc_sys_vm(5)."""
+    with open("/proc/sys/vm/max_map_count", encoding="ascii") as file:
+        return int(file.read())
+
+
+def _touching(ranges: Iterable[Range]) -> list[list[Range]]:
+    """Ranges in order, gathered into groups of those between which there is no gap."""
+    groups: list[list[Range]] = []
+    end = -1
+    for each in sorted(ranges):
+        if each[0] > end:
+            groups.append([])
+        groups[-1].append(each)
+        end = max(end, each[1])
+    return groups
+
+
+def _end(group: Sequence[Range]) -> int:
+    return max(end for _, end in group)
+
+
+def _is_inside(wanted: Range, ranges: Sequence[Range]) -> bool:
+    """Whether one of some ranges, in order, has all of it."""
+    index = bisect_right(ranges, wanted[0], key=itemgetter(0)) - 1
+    return index >= 0 and wanted[1] <= ranges[index][1]
