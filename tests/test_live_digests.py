@@ -8,8 +8,10 @@ import logging
 import mmap
 import os
 import random
+import signal
+import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,7 +28,7 @@ from torchsnapshot.errors import SnapshotError
 from torchsnapshot.state import live_digests as module
 from torchsnapshot.state import unseen_writers
 from torchsnapshot.state.live_digests import AUDIT_EVERY, MIN_NBYTES, LiveDigests, Look
-from torchsnapshot.state.watched_chunks import Extent
+from torchsnapshot.state.watched_chunks import Extent, Run
 
 NBYTES = 2 * MIN_NBYTES
 NUM_CHUNKS = 6
@@ -332,8 +334,26 @@ def _with_network_card(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     unseen_writers._has_rdma.cache_clear()
 
 
+def _with_pinned_memory(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    (folder / "status").write_text("VmLck:\t       0 kB\nVmPin:\t      64 kB\nVmHWM:\t    1948 kB\n")
+    monkeypatch.setattr(unseen_writers, "_STATUS", folder / "status")
+
+
+def _with_a_system_that_does_not_say(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    monkeypatch.setattr(unseen_writers, "_STATUS", folder / "absent")
+
+
 @needs_page_watch
-@pytest.mark.parametrize("arrange", [_with_accelerator, _with_unknown_accelerator, _with_network_card])
+@pytest.mark.parametrize(
+    "arrange",
+    [
+        _with_accelerator,
+        _with_unknown_accelerator,
+        _with_network_card,
+        _with_pinned_memory,
+        _with_a_system_that_does_not_say,
+    ],
+)
 def test_devices_that_might_write_unseen(
     digests: LiveDigests, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arrange: object
 ) -> None:
@@ -350,6 +370,47 @@ def test_devices_that_might_write_unseen(
     finally:
         monkeypatch.undo()
         unseen_writers._has_rdma.cache_clear()
+
+
+@needs_page_watch
+def test_memory_that_was_registered_with_the_kernel(digests: LiveDigests) -> None:
+    """While an io_uring has buffers, which the kernel fills unseen, nothing is known; afterwards it begins anew."""
+    chunks = Chunks()
+    look_until_known(digests, chunks)
+    libc, parameters = ctypes.CDLL(None, use_errno=True), bytearray(120)
+    ring = libc.syscall(425, 1, (ctypes.c_char * 120).from_buffer(parameters))
+    if ring < 0:
+        pytest.skip("io_uring is not allowed here")
+    buffer = mmap.mmap(-1, mmap.PAGESIZE, flags=PRIVATE)
+    vector = struct.pack("QQ", ctypes.addressof(ctypes.c_char.from_buffer(buffer)), mmap.PAGESIZE)
+    assert libc.syscall(427, ring, 0, vector, 1) == 0
+    assert read_all(digests, chunks) == list(range(NUM_CHUNKS))
+    assert digests._chunks == {}
+    # no buffers any more
+    assert libc.syscall(427, ring, 1, None, 0) == 0
+    os.close(ring)
+    look_until_known(digests, chunks)
+
+
+@needs_page_watch
+def test_a_signal_handler_that_comes_between(digests: LiveDigests, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A handler that looks while its thread does finds nothing known, does not wait, and costs its thread nothing."""
+    chunks = Chunks()
+    look_until_known(digests, chunks)
+    found: list[Look] = []
+    ask = LiveDigests._ask
+
+    def interrupted(self: LiveDigests, runs: Sequence[Run]) -> None:
+        signal.raise_signal(signal.SIGUSR1)
+        ask(self, runs)
+
+    before = signal.signal(signal.SIGUSR1, lambda *_: found.append(digests.look()))
+    try:
+        monkeypatch.setattr(LiveDigests, "_ask", interrupted)
+        assert len(read_all(digests, chunks)) < NUM_CHUNKS
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert [look.digests(chunks.extents) for look in found] == [[None] * NUM_CHUNKS]
 
 
 def test_watching_can_be_turned_off(digests: LiveDigests, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -219,6 +219,16 @@ def test_memory_that_others_may_write_is_refused(memory: Memory, tmp_path: Path)
     watch.close()
 
 
+def test_names_of_mapped_files_do_not_matter(memory: Memory, tmp_path: Path) -> None:
+    """A carriage return in one, which the kernel shows as it is, is no end of a line."""
+    file = tmp_path / "data\rset"
+    file.write_bytes(bytes(PAGE_NBYTES))
+    with file.open("r+b") as handle, mmap.mmap(handle.fileno(), 0):
+        watch = PageWatch()
+        assert watch.add([(memory.start, memory.end)]) == [True]
+        watch.close()
+
+
 def test_mappings_are_left_to_the_application(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of many ranges with gaps between them as many are watched, the largest first, as mappings may be made for."""
     memory, watch = Memory(1024), PageWatch()

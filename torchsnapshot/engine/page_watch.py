@@ -11,10 +11,11 @@ first write to a page after that costs its writer about a microsecond more. Neit
 What is watched becomes a mapping of its own. A process may have only so many (65,530 by default), and where they are
 used up it gets no more memory; so watching ends far from there.
 
-A write is seen whoever does it through this process's page tables: its threads, system calls that fill memory
-(``read``, direct I/O, ``process_vm_writev``), a debugger. It is not seen through other page tables: memory that is
-shared with other processes is therefore refused, and so are files that are mapped. Nor is it where a device
-keeps writing into pages that were handed to it earlier; who asks must know that there are no such devices.
+A write is seen whoever does it through this process's page tables: its threads, system calls that fill memory, a
+debugger. It is not seen through other page tables: memory that is shared with other processes is therefore refused, and
+so are files that are mapped. Nor is it where pages were handed to a device or to the kernel earlier, which goes on
+writing: that counts as written when they are handed over, and not when it happens. A direct read is of that kind until
+it has ended. Who asks must know that there is nothing like it.
 
 Invariant: mapped memory that is not watched any more, as it was moved there or mapped anew, raises; it never counts as
 unwritten. Addresses at which nothing is mapped do: the answer is of use only for memory that is known to be there.
@@ -186,12 +187,13 @@ def _private_memory() -> tuple[list[Range], int]:
     """
     found: list[Range] = []
     num_mappings = 0
-    with open("/proc/self/maps", encoding="utf-8", errors="replace") as lines:
+    # as bytes: the kernel escapes no control character but the newline, and text would be split at others
+    with open("/proc/self/maps", "rb") as lines:
         for line in lines:
             num_mappings += 1
             addresses, permissions, _, _, inode, *_ = line.split(maxsplit=5)
-            if permissions[:2] == "rw" and permissions[3] == "p" and inode == "0":
-                start, end = (int(text, 16) for text in addresses.split("-"))
+            if permissions[:2] == b"rw" and permissions[3:4] == b"p" and inode == b"0":
+                start, end = (int(text, 16) for text in addresses.split(b"-"))
                 if found and found[-1][1] == start:
                     found[-1] = found[-1][0], end
                 else:

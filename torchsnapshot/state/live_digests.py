@@ -16,12 +16,15 @@ read is in the digest, and one that came after shows at the next look. At its ed
 things; of these the very bytes that were hashed are kept beside the digest, and compared. Nothing here knows a tensor,
 a storage or a version counter: what is said is "these addresses hold these bytes", whoever uses them now.
 
-What the kernel cannot see is a device that writes into memory which it was given earlier. Where there may be one,
-nothing is believed unless ``TORCHSNAPSHOT_WATCH_MEMORY=1`` says that no tensor lies in such memory. And against what
-nobody has thought of, each look lets one in ``AUDIT_EVERY`` watched chunks be hashed all the same: a digest that
-differs, though the kernel has seen no write, is an error that ends the take, or the restore, and the watching.
+What page tables do not tell is that somebody writes into memory which was given away earlier. Where that may be,
+nothing is watched unless ``TORCHSNAPSHOT_WATCH_MEMORY=1`` says that no tensor lies in such memory. It is found out after
+the kernel was asked: what was given away before and is back by then has been written before anything is read, and what
+is given away later counts as written. And against what nobody has thought of, each look lets one in ``AUDIT_EVERY``
+watched chunks be hashed all the same: a digest that differs, though the kernel has seen no write, is an error that ends
+the take, or the restore, and the watching.
 
-Invariants: memory is asked about only after a look that came when it was there already; a fork begins anew.
+Invariants: memory is asked about only after a look that came when it was there already; a fork begins anew; a signal
+handler that takes a snapshot, and has come between, finds nothing known and changes nothing.
 """
 
 from __future__ import annotations
@@ -128,7 +131,8 @@ class LiveDigests:
     """What a process knows of its memory. Thread-safe."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._is_in_use = False
         self._watch: PageWatch | None = None
         self._is_unavailable = False
         self._looks = 0
@@ -141,14 +145,20 @@ class LiveDigests:
 
         Until the caller has read it, no other thread should write to what it is going to ask about.
         """
-        if self._is_unavailable or not _may_watch():
+        wanted = knobs.watches_memory()
+        if self._is_unavailable or wanted is False:
             return Look()
-        with self._lock, self._all_or_nothing():
+        with self._alone() as is_alone, self._all_or_nothing():
+            if not is_alone:
+                return Look()
             self._looks += 1
             if self._looks % _FORGET_AFTER == 0:
                 self._forget_unasked()
             self._watch_candidates()
             self._ask(self._runs)
+            if wanted is None and unseen_writers.may_exist():
+                self._drop_all()
+                return Look()
             return Look(self, self._looks)
 
     def forget(self) -> None:
@@ -176,7 +186,9 @@ class LiveDigests:
         return found
 
     def _settled(self, chunk: WatchedChunk) -> bytes | None:
-        with self._lock:
+        with self._alone() as is_alone:
+            if not is_alone:
+                return None
             # another thread may have come first
             if chunk.is_doubtful and chunk.digest is not None:
                 chunk.settle()
@@ -200,7 +212,9 @@ class LiveDigests:
 
     def _note(self, extent: Extent, digest: bytes, look: int, seen: memoryview | Edges | None) -> None:
         """``seen``: the bytes that were hashed, or what of them are edges; None where the chunk was not watched yet."""
-        with self._lock:
+        with self._alone() as is_alone:
+            if not is_alone:
+                return
             chunk = self._chunks.get(extent)
             if chunk is None:
                 if extent[1] >= MIN_NBYTES:
@@ -229,8 +243,8 @@ class LiveDigests:
         self._is_unavailable = True
         self._drop_all()
         raise SnapshotError(
-            "memory of the state has changed although the kernel has seen no write to it. Is there a device that "
-            "writes to memory of this process (pinned, or registered with a network card)? Snapshots that this process "
+            "memory of the state has changed although the kernel has seen no write to it. Does a device, or a direct "
+            "or asynchronous read that has not ended, write to memory of this process? Snapshots that it "
             "took before may hold older bytes in its place. What was being taken is not committed, and everything is "
             f"hashed from here on: take, or restore, once more, and set {knobs.WATCH_MEMORY}=0 for jobs like this one"
         )
@@ -306,6 +320,19 @@ class LiveDigests:
         self._watch = None
 
     @contextmanager
+    def _alone(self) -> Iterator[bool]:
+        """Keep other threads out; yields whether this one is not within such a block already, by a signal handler."""
+        with self._lock:
+            if self._is_in_use:
+                yield False
+                return
+            try:
+                self._is_in_use = True
+                yield True
+            finally:
+                self._is_in_use = False
+
+    @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
         """What the kernel has told it does not tell again: if anything (Ctrl-C) comes between, nothing is known."""
         try:
@@ -317,12 +344,6 @@ class LiveDigests:
 
 _IS_WATCHED = operator.attrgetter("is_watched")
 _EXTENT = operator.attrgetter("extent")
-
-
-def _may_watch() -> bool:
-    """Whether all that writes to memory of this process is seen by the kernel."""
-    wanted = knobs.watches_memory()
-    return not unseen_writers.may_exist() if wanted is None else wanted
 
 
 _live_digests = LiveDigests()
