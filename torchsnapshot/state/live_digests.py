@@ -20,8 +20,8 @@ What page tables do not tell is that somebody writes into memory which was given
 nothing is watched unless ``TORCHSNAPSHOT_WATCH_MEMORY=1`` says that no tensor lies there. It is found out after the
 kernel was asked: what was given away before and is back by then has been written before anything is read, and what is
 given away later counts as written. And against what nobody has thought of, each look lets one in ``AUDIT_EVERY``
-watched chunks be hashed all the same: a digest that differs, though the kernel has seen no write, is an error that ends the
-take, or the restore, and the watching.
+watched chunks be hashed all the same: a digest that differs, though the kernel has seen no write, is an error that ends
+the take, or the restore, and the watching.
 
 Invariants: memory is asked about only after a look that came when it was there already; a fork begins anew; a signal
 handler that takes a snapshot, and has come between, finds nothing known and changes nothing.
