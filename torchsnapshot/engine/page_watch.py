@@ -33,8 +33,9 @@ import struct
 import sys
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import itemgetter
+from typing import TypeVar
 
 PAGE_NBYTES = mmap.PAGESIZE
 
@@ -65,6 +66,8 @@ _MAX_REGIONS = 1024
 _SHARE_OF_MAPPINGS = 2
 """Watching brings the mappings of a process to no more than one in so many of those that it may have."""
 
+_Item = TypeVar("_Item")
+
 Range = tuple[int, int]
 """Addresses: the first byte, and one behind the last."""
 
@@ -72,6 +75,25 @@ Range = tuple[int, int]
 def pages_of(start: int, end: int) -> Range:
     """The whole pages around a range that is not empty."""
     return start - start % PAGE_NBYTES, -(-end // PAGE_NBYTES) * PAGE_NBYTES
+
+
+def touching(items: Iterable[_Item], range_of: Callable[[_Item], Range]) -> list[tuple[Range, list[_Item]]]:
+    """Items gathered into groups with no gap between their ranges, each group with the range that it covers.
+
+    Args:
+        items: in the order of their ranges.
+        range_of: says where an item lies.
+    """
+    groups: list[tuple[Range, list[_Item]]] = []
+    for item in items:
+        start, end = range_of(item)
+        if groups and start <= groups[-1][0][1]:
+            (first, last), members = groups[-1]
+            groups[-1] = (first, max(last, end)), members
+        else:
+            groups.append(((start, end), []))
+        groups[-1][1].append(item)
+    return groups
 
 
 class PageWatch:
@@ -118,12 +140,11 @@ class PageWatch:
         private, num_mappings = _private_memory()
         # a range is cut out of its mapping: then there is one before it and one behind it
         room = max(0, _max_mappings() // _SHARE_OF_MAPPINGS - num_mappings) // 2
-        groups = _touching(each for each in ranges if _is_inside(each, private))
-        groups.sort(key=lambda group: _end(group) - group[0][0], reverse=True)
+        groups = touching(sorted(each for each in ranges if _is_inside(each, private)), _itself)
+        groups.sort(key=lambda group: group[0][1] - group[0][0], reverse=True)
         watched: list[Range] = []
-        for group in groups[:room]:
-            whole = group[0][0], _end(group)
-            watched += [whole] if self._register(*whole) else [each for each in group if self._register(*each)]
+        for whole, parts in groups[:room]:
+            watched += [whole] if self._register(*whole) else [part for part in parts if self._register(*part)]
         watched.sort()
         return [_is_inside(each, watched) for each in ranges]
 
@@ -194,11 +215,8 @@ def _private_memory() -> tuple[list[Range], int]:
             addresses, permissions, _, _, inode, *_ = line.split(maxsplit=5)
             if permissions[:2] == b"rw" and permissions[3:4] == b"p" and inode == b"0":
                 start, end = (int(text, 16) for text in addresses.split(b"-"))
-                if found and found[-1][1] == start:
-                    found[-1] = found[-1][0], end
-                else:
-                    found.append((start, end))
-    return found, num_mappings
+                found.append((start, end))
+    return [whole for whole, _ in touching(found, _itself)], num_mappings
 
 
 def _max_mappings() -> int:
@@ -207,20 +225,8 @@ def _max_mappings() -> int:
         return int(file.read())
 
 
-def _touching(ranges: Iterable[Range]) -> list[list[Range]]:
-    """Ranges in order, gathered into groups of those between which there is no gap."""
-    groups: list[list[Range]] = []
-    end = -1
-    for each in sorted(ranges):
-        if each[0] > end:
-            groups.append([])
-        groups[-1].append(each)
-        end = max(end, each[1])
-    return groups
-
-
-def _end(group: Sequence[Range]) -> int:
-    return max(end for _, end in group)
+def _itself(each: Range) -> Range:
+    return each
 
 
 def _is_inside(wanted: Range, ranges: Sequence[Range]) -> bool:

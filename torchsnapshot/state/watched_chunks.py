@@ -11,13 +11,14 @@ settles that. A write to a page that is all its own makes it unknown.
 from __future__ import annotations
 
 import ctypes
+import operator
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from xxhash import xxh3_128
 
-from torchsnapshot.engine.page_watch import PAGE_NBYTES, Range, pages_of
+from torchsnapshot.engine.page_watch import PAGE_NBYTES, Range, pages_of, touching
 
 _CREDIT = 4
 _MAX_CREDIT = 16
@@ -134,7 +135,7 @@ class Run:
 
     start: int
     end: int
-    chunks: list[WatchedChunk] = field(default_factory=list)
+    chunks: list[WatchedChunk]
 
     def touched(self, written: Sequence[Range]) -> Iterator[tuple[WatchedChunk, bool]]:
         """The chunks of which a page was written, and whether it is one of their own.
@@ -160,11 +161,7 @@ def runs_of(chunks: Sequence[WatchedChunk]) -> list[Run]:
     Args:
         chunks: in the order of their addresses.
     """
-    runs: list[Run] = []
-    for chunk in chunks:
-        start, end = chunk.pages
-        if not runs or start > runs[-1].end:
-            runs.append(Run(start, end))
-        runs[-1].end = max(end, runs[-1].end)
-        runs[-1].chunks.append(chunk)
-    return runs
+    return [Run(*whole, members) for whole, members in touching(chunks, _PAGES)]
+
+
+_PAGES = operator.attrgetter("pages")
