@@ -17,7 +17,7 @@ from torchsnapshot import knobs
 from torchsnapshot.chunks.reader import ChunkReader
 from torchsnapshot.chunks.writer import ChunkWriter
 from torchsnapshot.engine.buffers import Buffer
-from torchsnapshot.engine.groups import grouped
+from torchsnapshot.engine.groups import by_size
 from torchsnapshot.engine.pipeline import submit
 from torchsnapshot.format.entries import StoredManifest, pack_entries, spans_of
 from torchsnapshot.progress import NO_PROGRESS, Progress
@@ -106,9 +106,8 @@ class _Copying:
         self.progress.start("copying", sum(ref.nbytes for ref in missing))
         # as a take there would: what is smaller shares a blob
         small_nbytes = min(SMALL_CHUNK_NBYTES, self._target.chunk_nbytes)
-        groups = [[ref] for ref in missing if ref.nbytes >= small_nbytes]
-        groups += grouped((ref for ref in missing if ref.nbytes < small_nbytes), GROUP_NBYTES)
-        jobs = [_CopyJob(group, self, refs, small_nbytes) for group in groups]
+        large, groups = by_size(missing, small_nbytes, GROUP_NBYTES)
+        jobs = [_CopyJob(group, self, refs, small_nbytes) for group in (*([ref] for ref in large), *groups)]
         if jobs:
             submit(
                 jobs,

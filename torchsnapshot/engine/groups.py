@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 LOOK_NBYTES = 16 << 20
 """How much one look compares: little enough that cores which share a state come to its end together."""
@@ -30,3 +30,22 @@ def grouped(
         nbytes += size
     if group:
         yield group
+
+
+class _Sized(Protocol):
+    @property
+    def nbytes(self) -> int: ...
+
+
+_SizedItem = TypeVar("_SizedItem", bound=_Sized)
+
+
+def by_size(
+    items: Iterable[_SizedItem], small_nbytes: int, group_nbytes: int
+) -> tuple[list[_SizedItem], list[list[_SizedItem]]]:
+    """Those of at least ``small_nbytes`` bytes, and groups of the others (see ``grouped``); in their order."""
+    large: list[_SizedItem] = []
+    small: list[_SizedItem] = []
+    for item in items:
+        (small if item.nbytes < small_nbytes else large).append(item)
+    return large, list(grouped(small, group_nbytes))

@@ -22,7 +22,7 @@ from torchsnapshot.chunks.writer import Encoding
 from torchsnapshot.coordination.distributed import Group
 from torchsnapshot.coordination.messages import unpack, unsqueeze
 from torchsnapshot.coordination.sessions import Session
-from torchsnapshot.engine.groups import grouped
+from torchsnapshot.engine.groups import by_size
 from torchsnapshot.engine.pipeline import Job
 from torchsnapshot.errors import SnapshotError
 from torchsnapshot.format.entries import ContainerEntry
@@ -174,9 +174,8 @@ class Exchange:
         return answer
 
     def _hash(self, chunks: Sequence[Chunk], known: Known | None) -> None:
-        small = (chunk for chunk in chunks if chunk.nbytes < self._small_nbytes)
-        jobs = [HashJob(group, known, self._look) for group in grouped(small, GROUP_NBYTES)]
-        jobs += [HashJob([chunk], known, self._look) for chunk in chunks if chunk.nbytes >= self._small_nbytes]
+        large, groups = by_size(chunks, self._small_nbytes, GROUP_NBYTES)
+        jobs = [HashJob(group, known, self._look) for group in (*groups, *([chunk] for chunk in large))]
         spared_nbytes = self._look.spared_nbytes
         if jobs:
             with self._stats.phase("hash"):

@@ -28,7 +28,7 @@ from torchsnapshot.chunks.writer import ChunkWriter
 from torchsnapshot.coordination.distributed import Group
 from torchsnapshot.coordination.messages import CoordinationLost, pack, squeeze, unpack, unsqueeze
 from torchsnapshot.coordination.sessions import Session
-from torchsnapshot.engine.groups import grouped
+from torchsnapshot.engine.groups import by_size
 from torchsnapshot.engine.pipeline import Job, Run, submit
 from torchsnapshot.engine.staging import get_memory_ready, submit_take, wait_staged, warm_up
 from torchsnapshot.errors import CommitUnknownError, LeaseLostError, SnapshotError
@@ -199,9 +199,9 @@ class GroupTake:
             content = (chunk.digest, chunk.nbytes)
             if chunk.ref is None and content in work.exchanged.own:
                 first.setdefault(content, chunk)
-        small = [chunk for chunk in first.values() if chunk.nbytes < small_nbytes]
-        jobs: list[Job] = [PutPackJob(group, work.writer) for group in grouped(small, GROUP_NBYTES)]
-        jobs += [PutJob(chunk, work.known, work.writer) for chunk in first.values() if chunk.nbytes >= small_nbytes]
+        large, groups = by_size(first.values(), small_nbytes, GROUP_NBYTES)
+        jobs: list[Job] = [PutPackJob(group, work.writer) for group in groups]
+        jobs += [PutJob(chunk, work.known, work.writer) for chunk in large]
         return submit_take(jobs, concurrency=work.agreed.repository.backend.concurrency, in_background=in_background)
 
     # ------------------------------------------------------------------ to the commit

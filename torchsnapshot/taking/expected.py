@@ -143,7 +143,9 @@ def not_reusable(chunks: Sequence[ExpectedChunk], known: Known, look: Look) -> l
     Raises:
         UnsupportedValueError: the memory of a tensor was freed meanwhile.
     """
-    missing = [] if known.may_reuse(map(_REF, chunks)) else [c for c in chunks if not known.may_reuse((c.ref,))]
+    missing: list[ExpectedChunk] = []
+    if not known.may_reuse(map(_REF, chunks)):
+        missing = [chunk for chunk in chunks if not known.may_reuse((chunk.ref,))]
     look.spare(sum(map(_NBYTES, chunks)) - sum(map(_NBYTES, missing)))
     for leaf in dict.fromkeys(map(_LEAF, missing)):
         leaf.check_memory()

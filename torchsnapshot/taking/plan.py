@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from torchsnapshot.engine.groups import grouped
+from torchsnapshot.engine.groups import by_size
 from torchsnapshot.format.entries import (
     ContainerEntry,
     Entry,
@@ -243,10 +243,11 @@ def plan_of_leaves(leaves: list[Leaf], small_nbytes: int) -> TakePlan:
     chunks = [chunk for leaf in leaves for chunk in leaf.chunks]
     inline_nbytes = sum(len(leaf.inline) for leaf in leaves if leaf.inline is not None)
     chunked_nbytes = sum(chunk.nbytes for chunk in chunks)
+    large, groups = by_size(chunks, small_nbytes, GROUP_NBYTES)
     return TakePlan(
         leaves,
-        [chunk for chunk in chunks if chunk.nbytes >= small_nbytes],
-        list(grouped((chunk for chunk in chunks if chunk.nbytes < small_nbytes), GROUP_NBYTES)),
+        large,
+        groups,
         chunked_nbytes + inline_nbytes,
         chunked_nbytes,
         small_nbytes,

@@ -14,12 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeVar
 
 from torchsnapshot.chunks.reader import digest_of
 from torchsnapshot.chunks.writer import ChunkWriter
 from torchsnapshot.engine.buffers import Buffer
-from torchsnapshot.engine.groups import LOOK_NBYTES, grouped
+from torchsnapshot.engine.groups import LOOK_NBYTES, by_size, grouped
 from torchsnapshot.engine.pipeline import Job
 from torchsnapshot.state.live_digests import Look
 from torchsnapshot.state.watched_chunks import Extent
@@ -166,7 +165,7 @@ def take_jobs(plan: TakePlan, expected: Expected, known: Known, writer: ChunkWri
         return [GroupJob(group, known, writer, look)] if group else []
 
     def of_any_size(chunks: Sequence[Chunk]) -> list[Job]:
-        large, groups = _by_size(chunks, plan.small_nbytes)
+        large, groups = by_size(chunks, plan.small_nbytes, GROUP_NBYTES)
         return [*one_by_one(large), *(job for group in groups for job in together(group))]
 
     groups = [job for group in plan.groups for job in together(group)]
@@ -183,17 +182,7 @@ def take_jobs(plan: TakePlan, expected: Expected, known: Known, writer: ChunkWri
 
 def buffer_sizes(plan: TakePlan, expected: Expected) -> list[int]:
     """The bytes of every buffer that the jobs of a take need if everything has changed."""
-    large, groups = _by_size(expected.unwritten, plan.small_nbytes)
+    large, groups = by_size(expected.unwritten, plan.small_nbytes, GROUP_NBYTES)
     one_by_one: list[Chunk | ExpectedChunk] = [*plan.large, *expected.large, *large]
     together: list[Sequence[Chunk | ExpectedChunk]] = [*plan.groups, *expected.groups, *groups]
     return [chunk.nbytes for chunk in one_by_one] + [sum(chunk.nbytes for chunk in group) for group in together]
-
-
-_Chunk = TypeVar("_Chunk", Chunk, ExpectedChunk)
-
-
-def _by_size(chunks: Sequence[_Chunk], small_nbytes: int) -> tuple[list[_Chunk], list[list[_Chunk]]]:
-    """The large ones, and groups of the small ones."""
-    large = [chunk for chunk in chunks if chunk.nbytes >= small_nbytes]
-    small = [chunk for chunk in chunks if chunk.nbytes < small_nbytes]
-    return large, list(grouped(small, GROUP_NBYTES))
